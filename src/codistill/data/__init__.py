@@ -1,0 +1,1 @@
+"""Text to batches; knows nothing of models or cohorts."""
