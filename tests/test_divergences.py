@@ -17,9 +17,7 @@ def test_by_hand():
     student, teacher = two_classes(1 / 4), two_classes(1 / 2)
     assert forward_kl(student, teacher).item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3))
     assert reverse_kl(student, teacher).item() == pytest.approx(0.25 * math.log(1 / 2) + 0.75 * math.log(3 / 2))
-    by_hand = 0.5 * (
-        0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5) + 0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5)
-    )
+    by_hand = 0.5 * (0.25 * math.log(2 / 3) + 0.75 * math.log(6 / 5) + 0.5 * math.log(4 / 3) + 0.5 * math.log(4 / 5))
     assert jensen_shannon(student, teacher).item() == pytest.approx(by_hand)
 
 

@@ -55,7 +55,5 @@ def linear_cohort_loss(
         row_weight = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
     if denominator is None:
         denominator = row_weight.sum()
-    total, hard, soft = reference_loss(
-        hidden, weight, bias, labels, hard_weight, edges, row_weight, denominator
-    )
+    total, hard, soft = reference_loss(hidden, weight, bias, labels, hard_weight, edges, row_weight, denominator)
     return CohortLoss(total, hard, soft)

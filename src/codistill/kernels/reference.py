@@ -1,7 +1,5 @@
 """The loss as its definition: plain autograd, any divergence, N × V tensors. Every kernel must match it."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,5 +28,3 @@ def reference_loss(hidden, weight, bias, labels, hard_weight, edges, row_weight,
 def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
     logits_NV = hidden_ND.to(dtype) @ weight_VD.to(dtype).T
     return logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)
-
-
