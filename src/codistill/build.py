@@ -1,0 +1,233 @@
+"""From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
+
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from codistill import schedules
+from codistill.cohort import Cohort, Distillation, Member
+from codistill.config import MemberConfig, Run
+from codistill.data.batches import Batches, held_out
+from codistill.data.prepare import cached
+from codistill.data.tokenizers import load_tokenizer, tokenizer_hash, vocabulary_size
+from codistill.errors import UserError
+from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.objectives import Batch
+from codistill.scores import unigram_cross_entropy
+
+
+@dataclass
+class Built:
+    """A run's live objects. `provenance` says what determined its numbers besides the configuration."""
+
+    cohort: Cohort
+    batches: Batches
+    held_out: list[Batch]
+    unigram: float
+    tokenizer: PreTrainedTokenizerFast
+    provenance: dict[str, Any]
+    models: dict[str, PreTrainedModel] = field(default_factory=dict)
+
+
+def build(run: Run, device: torch.device) -> Built:
+    """The live objects of `run`; raises UserError for whatever in it cannot be had."""
+    _check_sources(run)
+    loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
+    tokenizer_spec = _tokenizer_spec(run)
+    corpus = cached(run.data.train, tokenizer_spec)
+    tokenizer = load_tokenizer(str(corpus.folder / "tokenizer"))
+    _check_tokenizers(run, tokenizer)
+    validation = cached(run.data.validation, str(corpus.folder / "tokenizer"))
+    held_out_batches = [
+        to_device(batch, device)
+        for batch in held_out(
+            validation,
+            run.objective,
+            length=run.data.length,
+            sequences=min(run.batch.sequences, 64),
+            seed=run.seed,
+            limit=run.evaluate.sequences,
+        )
+    ]
+    batches = Batches(
+        corpus,
+        run.objective,
+        length=run.data.length,
+        sequences=run.batch.sequences,
+        accumulate=run.batch.accumulate,
+        seed=run.seed,
+    )
+    models = {name: _model(run, name, loaded, tokenizer, device) for name in run.members}
+    return Built(
+        cohort=_cohort(run, models, vocabulary_size(tokenizer)),
+        batches=batches,
+        held_out=held_out_batches,
+        unigram=unigram_cross_entropy(corpus.unigram_counts(), held_out_batches),
+        tokenizer=tokenizer,
+        provenance=_provenance(run, corpus, validation, tokenizer, device),
+        models=models,
+    )
+
+
+def resolved_precision(run: Run, device: torch.device) -> str:
+    """`run.precision` with `auto` resolved to what `device` is good at."""
+    if run.precision != "auto":
+        return run.precision
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` with its tensors on `device`; from pinned memory the copies do not wait."""
+    weight = batch.row_weight_N
+    return Batch(
+        {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()},
+        batch.rows_N.to(device, non_blocking=True),
+        batch.labels_N.to(device, non_blocking=True),
+        None if weight is None else weight.to(device, non_blocking=True),
+        batch.sample_ids,
+    )
+
+
+# ---- models and the cohort ---------------------------------------------------------------------
+
+
+def _model(
+    run: Run,
+    name: str,
+    loaded: dict[str, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    device: torch.device,
+) -> PreTrainedModel:
+    config = run.members[name].model
+    if config is None:
+        _check_fits(run, name, loaded[name], vocabulary_size(tokenizer))
+        return loaded[name].to(device)
+    return new_model(
+        config,
+        vocabulary=vocabulary_size(tokenizer),
+        length=run.data.length,
+        tokenizer=tokenizer,
+        seed=run.seed,
+        name=run.members[name].twin_of or name,
+    ).to(device)
+
+
+def _cohort(run: Run, models: dict[str, PreTrainedModel], vocabulary: int) -> Cohort:
+    members = [_member(run, name, model, vocabulary) for name, model in models.items()]
+    edges = [
+        Distillation(e.teacher, e.student, e.divergence, schedules.build(e.weight, run.steps), e.temperature)
+        for e in run.distillation
+    ]
+    return Cohort(members, edges, seed=run.seed, precision=getattr(torch, run.precision))
+
+
+def _member(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> Member:
+    config = run.members[name]
+    return Member(
+        name,
+        Predictor(model, vocabulary),
+        None if config.frozen else _optimizer(model, config),
+        lr=schedules.build(config.lr, run.steps),
+        hard_weight=schedules.build(config.hard_weight, run.steps),
+        clip=config.clip,
+        noise_key=config.twin_of or name,
+    )
+
+
+def _optimizer(model: PreTrainedModel, config: MemberConfig) -> Optimizer:
+    """AdamW without decay on norms and biases, which are the tensors of one dimension."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return AdamW(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+
+
+# ---- checks ------------------------------------------------------------------------------------
+
+
+def _check_sources(run: Run) -> None:
+    for split in ("train", "validation"):
+        if not getattr(run.data, split):
+            raise UserError(
+                f"data.{split}: no text is named; give .txt or .parquet files, folders or globs, as in "
+                f"--set data.{split}=[corpus/*.parquet]"
+            )
+
+
+def _tokenizer_spec(run: Run) -> str:
+    if run.data.tokenizer is not None:
+        return run.data.tokenizer
+    for member in run.members.values():
+        if member.path is not None:
+            return member.path
+    raise UserError(
+        "data.tokenizer: none is named and no member is pre-trained; give a tokenizer folder, a vocab.txt, or "
+        "train:wordpiece:4096 to train one on data.train"
+    )
+
+
+def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
+    wanted = tokenizer_hash(tokenizer)
+    for name, member in run.members.items():
+        own = load_own_tokenizer(member.path) if member.path else None
+        if own is not None and tokenizer_hash(own) != wanted:
+            raise UserError(
+                f"members.{name}.path: {member.path!r} has another tokenizer than the run's "
+                f"({run.data.tokenizer or 'that of its first pre-trained member'}): {_difference(own, tokenizer)}; "
+                "members can teach one another only over one vocabulary"
+            )
+
+
+def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str:
+    mine, theirs = one.get_vocab(), other.get_vocab()
+    tokens = sorted(mine.keys() | theirs.keys(), key=lambda t: (min(mine.get(t, 1 << 40), theirs.get(t, 1 << 40)), t))
+    token = next((t for t in tokens if mine.get(t) != theirs.get(t)), None)
+    if token is None:
+        return "their rules differ"
+    return f"{token!r} is id {mine.get(token, 'none')} in the one and {theirs.get(token, 'none')} in the other"
+
+
+def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> None:
+    if model.config.vocab_size < vocabulary:
+        raise UserError(
+            f"members.{name}.path: the model knows {model.config.vocab_size} tokens, the tokenizer {vocabulary}"
+        )
+    positions = model.config.max_position_embeddings
+    if positions < run.data.length:
+        raise UserError(f"data.length: {run.data.length} is more than the {positions} positions of members.{name}")
+
+
+# ---- provenance --------------------------------------------------------------------------------
+
+
+def _provenance(run: Run, corpus: Any, validation: Any, tokenizer: Any, device: torch.device) -> dict[str, Any]:
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("codistill", "torch", "transformers", "tokenizers")},
+        },
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads(),
+            "system": sys.platform,
+        },
+        "data": {"train": corpus.fingerprint, "validation": validation.fingerprint},
+        "tokenizer": tokenizer_hash(tokenizer),
+        "members": {n: _weights_hash(m.path) for n, m in run.members.items() if m.path is not None},
+    }
+
+
+def _weights_hash(path: str) -> str:
+    from codistill.checkpoint import sha256
+
+    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
+    return " ".join(sha256(file)[:16] for file in files) or "from the hub"

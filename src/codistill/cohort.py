@@ -1,0 +1,201 @@
+"""Members and distillation edges, and one exact training step for all of them: the heart of codistill.
+
+    cohort = Cohort(
+        [Member("large", large, optimizer=adamw), Member("small", small, optimizer=adamw2)],
+        [Distillation("large", "small"), Distillation("small", "large", weight=linear)],
+    )
+    metrics = cohort.step(0, micro_batches)
+
+Every method of the field is a choice of members and edges (docs/concepts.md). Shape suffixes: N predicted rows,
+D width of a member, M trained members.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from codistill.errors import UserError
+from codistill.kernels import CohortLoss, Edge, linear_cohort_loss
+from codistill.members import Predictor
+from codistill.objectives import Batch
+from codistill.schedules import Schedule, constant
+from codistill.seeds import seed_of
+
+
+@dataclass
+class Member:
+    """A node: a model, trained if it has an optimizer and frozen if it has none.
+
+    `lr` and `hard_weight` are functions of the step; `clip` bounds the gradient's norm; dropout noise is keyed by
+    `noise_key`, by default the name, so that it does not depend on who else is in the cohort.
+    """
+
+    name: str
+    predictor: Predictor
+    optimizer: Optimizer | None = None
+    lr: Schedule = constant(1e-3)
+    hard_weight: Schedule = constant(1.0)
+    clip: float = 1.0
+    noise_key: str = ""
+    parameters: list[Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.noise_key = self.noise_key or self.name
+        self.predictor.train(self.is_trained).requires_grad_(self.is_trained)
+        self.parameters = list(self.predictor.parameters())
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the member learns."""
+        return self.optimizer is not None
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """An edge: `teacher` teaches `student`, whose loss gains weight · τ² · divergence(student, teacher detached)."""
+
+    teacher: str
+    student: str
+    divergence: str = "forward_kl"
+    weight: Schedule = constant(1.0)
+    temperature: float = 1.0
+
+
+class Cohort:
+    """Members that see the same batches, and who learns from whom.
+
+    `precision` is the dtype of the backbones' matrix products: torch.float32, or torch.bfloat16 under autocast;
+    parameters, logits and losses are float32 either way.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        distillation: Sequence[Distillation] = (),
+        *,
+        seed: int = 0,
+        precision: torch.dtype = torch.float32,
+        rank: int = 0,
+    ):
+        self.members = {member.name: member for member in members}
+        self.distillation = list(distillation)
+        self.seed, self.precision, self.rank = seed, precision, rank
+        self.trained = [member for member in members if member.is_trained]
+        self.device = self.trained[0].parameters[0].device
+        self._failure = Failure([member.name for member in self.trained], self.device)
+
+    def step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """One update of every trained member, all from the parameters before the step; returns device scalars.
+
+        The loss is the mean over the predicted rows of all micro-batches. Metrics: `NAME/hard` and
+        `NAME/from_TEACHER` (nats, unweighted), `NAME/grad_norm` (before clipping). Never waits for the device.
+        """
+        edges = [edge for edge in self._edges(step) if edge.weight != 0]
+        taking_part = [m for m in self.members.values() if m.is_trained or any(m.name == e.teacher for e in edges)]
+        denominator = _num_rows(micro_batches, self.device)
+        losses = []
+        for index, batch in enumerate(micro_batches):
+            features = {m.name: self._features(m, batch, step, index) for m in taking_part}
+            losses.append(self._loss(features, batch, step, edges, denominator))
+            losses[-1].total.backward()
+        metrics = _summed(losses, edges)
+        metrics |= self._update(step, metrics)
+        return metrics
+
+    def raise_failure(self) -> None:
+        """Raises `NonFiniteError` if an update was suppressed; waits for the device, so call it when logging."""
+        self._failure.raise_if_any()
+
+    # ---- the parts of a step ---------------------------------------------------------------------
+
+    def _edges(self, step: int) -> list[Edge]:
+        return [Edge(d.teacher, d.student, d.weight(step), d.temperature, d.divergence) for d in self.distillation]
+
+    def _features(self, member: Member, batch: Batch, step: int, micro_batch: int) -> Tensor:
+        """(N, D) features of the predicted rows; the noise is a function of (seed, step, micro-batch, rank, name)."""
+        if member.is_trained:
+            torch.manual_seed(seed_of(self.seed, "noise", step, micro_batch, self.rank, member.noise_key))
+        low = self.precision != torch.float32
+        with torch.set_grad_enabled(member.is_trained), torch.autocast(self.device.type, self.precision, enabled=low):
+            return member.predictor(batch.inputs, batch.rows_N)
+
+    def _loss(
+        self, features: Mapping[str, Tensor], batch: Batch, step: int, edges: Sequence[Edge], denominator: Tensor
+    ) -> CohortLoss:
+        members = [self.members[name] for name in features]
+        return linear_cohort_loss(
+            features,
+            {m.name: m.predictor.output_weight for m in members},
+            {m.name: m.predictor.output_bias for m in members},
+            batch.labels_N,
+            hard_weight={m.name: m.hard_weight(step) if m.is_trained else 0.0 for m in members},
+            edges=edges,
+            row_weight=batch.row_weight_N,
+            denominator=denominator,
+        )
+
+    def _update(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Clips and steps every trained member, unless anything in this or an earlier step was not finite."""
+        norms = [torch.nn.utils.clip_grad_norm_(m.parameters, m.clip) for m in self.trained]
+        suppressed = self._failure.observe(step, [metrics[f"{m.name}/hard"] for m in self.trained], norms)
+        for member in self.trained:
+            _step_optimizer(member, member.lr(step), suppressed)
+        return {f"{m.name}/grad_norm": norm for m, norm in zip(self.trained, norms, strict=True)}
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient was not finite; no parameter was changed in that step or since."""
+
+
+class Failure:
+    """Remembers on the device the first step at which a loss or gradient was not finite, and whose it was."""
+
+    def __init__(self, names: Sequence[str], device: torch.device):
+        self.names = list(names)
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.broken_M = torch.zeros(len(self.names), dtype=torch.bool, device=device)
+
+    def observe(self, step: int, hard: Sequence[Tensor], norms: Sequence[Tensor]) -> Tensor:
+        """1.0 if updates are to be suppressed from now on, else 0.0, as a 0-d float32 tensor on the device."""
+        bad_loss_M, bad_norm_M = (~torch.stack(list(values)).isfinite() for values in (hard, norms))
+        # A member with a broken loss breaks its students' gradients too: name it, and not them.
+        broken_M = torch.where(bad_loss_M.any(), bad_loss_M, bad_norm_M)
+        is_first = (self.step < 0) & broken_M.any()
+        self.broken_M = torch.where(is_first, broken_M, self.broken_M)
+        self.step = torch.where(is_first, step, self.step)
+        return (self.step >= 0).float()
+
+    def raise_if_any(self) -> None:
+        step = int(self.step)
+        if step >= 0:
+            broken = [name for name, bad in zip(self.names, self.broken_M.tolist(), strict=True) if bad]
+            raise NonFiniteError(
+                f"step {step}: the loss or gradient of {' and '.join(broken)} was not finite, so no parameter was "
+                "changed in that step or since; lower `lr` or an edge's weight, or use precision: float32"
+            )
+
+
+def _step_optimizer(member: Member, lr: float, suppressed: Tensor) -> None:
+    assert member.optimizer is not None
+    for group in member.optimizer.param_groups:
+        group["lr"] = lr
+    # PyTorch's fused optimizers skip the update on the device where `found_inf` is 1, as for a gradient scaler.
+    member.optimizer.found_inf = suppressed  # type: ignore[attr-defined]
+    member.optimizer.step()
+    member.optimizer.zero_grad(set_to_none=True)
+
+
+def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
+    full = sum(len(batch.labels_N) for batch in micro_batches if batch.row_weight_N is None)
+    weights = [batch.row_weight_N.sum() for batch in micro_batches if batch.row_weight_N is not None]
+    return torch.full((), full, dtype=torch.float32, device=device) + sum(weights)
+
+
+def _summed(losses: Sequence[CohortLoss], edges: Sequence[Edge]) -> dict[str, Tensor]:
+    metrics = {f"{name}/hard": sum(loss.hard[name] for loss in losses) for name in losses[0].hard}
+    for index, edge in enumerate(edges):
+        metrics[f"{edge.student}/from_{edge.teacher}"] = sum(loss.soft[index] for loss in losses)
+    return metrics

@@ -1,0 +1,136 @@
+"""What a run is: frozen dataclasses that round-trip to YAML. Loading them strictly is `codistill.loading`'s work.
+
+Nothing here imports torch, so a configuration is checked in a fraction of a second. Durations are in steps; `lr` and
+every weight take a number or a schedule (`codistill.schedules`).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from codistill.schedules import Spec
+
+Family = Literal["bert", "modernbert"]
+
+
+def limited(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """A field with a default and a range: low ≤ value ≤ high, or value > above."""
+    return field(default=default, metadata={"low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept)."""
+
+    name: Literal["mlm"] = "mlm"
+    mask_rate: float = limited(0.15, above=0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members."""
+
+    train: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    length: int = limited(128, low=8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """An architecture to initialise at random; its vocabulary is the tokenizer's.
+
+    `heads` None: width / 64. `feed_forward` None: 4 · width for BERT, 1.5 · width (gated) for ModernBERT.
+    """
+
+    family: Family = "modernbert"
+    layers: int = limited(4, low=1)
+    width: int = limited(128, low=8)
+    heads: int | None = limited(None, low=1)
+    feed_forward: int | None = limited(None, low=1)
+    dropout: float = limited(0.0, low=0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberConfig:
+    """A model of the cohort: `model` (random initialisation) or `path` (a Hugging Face folder or hub name).
+
+    `twin_of` names a member whose settings, initialisation and noise this one shares, for a paired comparison.
+    """
+
+    model: ModelConfig | None = None
+    path: str | None = None
+    twin_of: str | None = None
+    frozen: bool = False
+    hard_weight: Spec = field(default=1.0)
+    lr: Spec = field(default_factory=lambda: {"warmup_linear": [5e-4, 0.05]})
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = limited(1e-8, above=0)
+    weight_decay: float = limited(0.01, low=0)
+    clip: float = limited(1.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """An edge: `teacher` teaches `student`, whose loss gains weight · τ² · divergence. The teacher gets no gradient."""
+
+    teacher: str
+    student: str
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    weight: Spec = field(default=1.0)
+    temperature: float = limited(1.0, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSize:
+    """`sequences` of one step, over all ranks, computed in `accumulate` micro-batches."""
+
+    sequences: int = limited(64, low=1)
+    accumulate: int = limited(1, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+
+    every: int = limited(1000, low=1)
+    keep: int = limited(2, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Held-out loss every `every` steps and at the end, on at most `sequences` rows of the validation text."""
+
+    every: int = limited(1000, low=1)
+    sequences: int = limited(1024, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logging:
+    """A line of `metrics.jsonl` every `every` steps; only there does the host wait for the device."""
+
+    every: int = limited(10, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes)."""
+
+    recipe: str | None = None
+    objective: Objective = field(default_factory=Objective)
+    data: Data = field(default_factory=Data)
+    members: dict[str, MemberConfig] = field(default_factory=dict)
+    distillation: list[DistillationConfig] = field(default_factory=list)
+    steps: int = limited(1000, low=1)
+    batch: BatchSize = field(default_factory=BatchSize)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    deterministic: bool = False
+    seed: int = limited(0, low=0)
+    checkpoint: Checkpointing = field(default_factory=Checkpointing)
+    evaluate: Evaluation = field(default_factory=Evaluation)
+    log: Logging = field(default_factory=Logging)
+    provenance: dict[str, Any] | None = None
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the members that learn."""
+        return [name for name, member in self.members.items() if not member.frozen]

@@ -1,0 +1,276 @@
+"""Configurations from and to YAML, strictly: an unknown key, a wrong type or a value out of range is refused.
+
+Every refusal names the field, what came in, and what is wanted.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from codistill import schedules
+from codistill.config import Run
+from codistill.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers people write (1e-4 is one), booleans `true` and `false` only, and no repeated keys."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML's own protocol)
+        first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":float", ":bool"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise UserError(f"the key {key!r} stands twice in one mapping{node.start_mark}; keep one of them")
+    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
+
+
+_FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))(?:[eE][-+]?\d+)?$|^[-+]?\.inf$|^\.nan$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:true|false)$"), list("tf"))
+_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that `text` spells; raises UserError naming `source` where it is no YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def read_run(file: Path) -> dict:
+    """The mapping in a configuration file, not yet checked."""
+    try:
+        value = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as a configuration: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file} holds no mapping of keys to values; `codistill show RECIPE` prints an example")
+    return value
+
+
+def to_dict(run: Run) -> dict:
+    """`run` as plain mappings and lists, without fields that are None or that a twin shares with its original."""
+    tree = _without_none(dataclasses.asdict(run))
+    members = tree["members"]
+    tree["members"] = {
+        name: {k: v for k, v in member.items() if members.get(member.get("twin_of"), {}).get(k) != v}
+        for name, member in members.items()
+    }
+    return tree
+
+
+def to_yaml(run: Run) -> str:
+    """`run` as YAML that `train` accepts back."""
+    return yaml.dump(to_dict(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+
+
+def override(tree: dict, assignments: Sequence[str]) -> dict:
+    """`tree` with dotted assignments `a.b.c=value` applied; list entries are named by their index."""
+    tree = _copied(tree)
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path:
+            raise UserError(f"--set {assignment}: write KEY=VALUE, as in --set steps=100")
+        _assign(tree, path.split("."), parse_yaml(text, f"--set {path}"), path)
+    return tree
+
+
+def load(tree: Mapping[str, Any]) -> Run:
+    """The `Run` that `tree` describes, checked field by field and then as a whole; raises UserError."""
+    tree = {**tree, "members": _with_twins(tree.get("members", {}))}
+    run = _dataclass(Run, tree, "")
+    _check_whole(run)
+    return run
+
+
+# ---- one value of one type ---------------------------------------------------------------------
+
+
+def _value(kind: Any, value: Any, field: str, limits: Mapping[str, Any]) -> Any:
+    if kind == schedules.Spec:
+        return schedules.check(value, field)
+    if get_origin(kind) in (Union, UnionType):
+        if value is None and NoneType in get_args(kind):
+            return None
+        return _value(next(arm for arm in get_args(kind) if arm is not NoneType), value, field, limits)
+    if dataclasses.is_dataclass(kind):
+        return _dataclass(kind, value, field)
+    if get_origin(kind) is dict:
+        _expect(isinstance(value, Mapping), field, value, "a mapping of names to settings")
+        arm = get_args(kind)[1]
+        return {k: v if arm is Any else _value(arm, v, f"{field}.{k}", {}) for k, v in value.items()}
+    if get_origin(kind) is list:
+        value = [value] if isinstance(value, str) else value
+        _expect(isinstance(value, list), field, value, "a list")
+        return [_value(get_args(kind)[0], item, f"{field}.{index}", {}) for index, item in enumerate(value)]
+    return _scalar(kind, value, field, limits)
+
+
+def _scalar(kind: Any, value: Any, field: str, limits: Mapping[str, Any]) -> Any:
+    if get_origin(kind) is Literal:
+        choices = [str(choice) for choice in get_args(kind)]
+        _expect(value in choices, field, value, f"one of {', '.join(choices)}{_nearest(str(value), choices)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    wanted = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
+    _expect(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), field, value, wanted)
+    low, high, above = (limits.get(key) for key in ("low", "high", "above"))
+    _expect(low is None or value >= low, field, value, f"at least {low}")
+    _expect(above is None or value > above, field, value, f"more than {above}")
+    _expect(high is None or value <= high, field, value, f"at most {high}")
+    return value
+
+
+def _dataclass(kind: Any, value: Any, field: str) -> Any:
+    _expect(isinstance(value, Mapping), field, value, "a mapping")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    hints = get_type_hints(kind)
+    for key in value:
+        if key not in fields:
+            place = f"{field}.{key}" if field else str(key)
+            raise UserError(
+                f"{place}: there is no such setting{_nearest(str(key), fields)}; there are {', '.join(fields)}"
+            )
+    prefix = f"{field}." if field else ""
+    for name, f in fields.items():
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{prefix}{name}: missing; every {kind.__name__.removesuffix('Config').lower()} needs one")
+    return kind(**{k: _value(hints[k], v, prefix + k, fields[k].metadata) for k, v in value.items()})
+
+
+def _expect(condition: bool, field: str, value: Any, wanted: str) -> None:
+    if not condition:
+        raise UserError(f"{field}: {value!r} came in where {wanted} is wanted")
+
+
+def _nearest(name: str, names: Any) -> str:
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+# ---- the whole run -----------------------------------------------------------------------------
+
+
+def _with_twins(members: Any) -> Any:
+    """Members with what a twin leaves out filled in from the member it is the twin of."""
+    if not isinstance(members, Mapping):
+        return members
+    filled = dict(members)
+    for name, member in members.items():
+        original = member.get("twin_of") if isinstance(member, Mapping) else None
+        if original is None:
+            continue
+        if original == name or not isinstance(members.get(original), Mapping):
+            raise UserError(f"members.{name}.twin_of: there is no member {original!r}; there are {', '.join(members)}")
+        filled[name] = {**members[original], **member}
+    return filled
+
+
+def _check_whole(run: Run) -> None:
+    for name, member in run.members.items():
+        _check_member(name, member)
+    if not run.trained:
+        raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
+    for index, edge in enumerate(run.distillation):
+        _check_edge(run, edge, f"distillation.{index}")
+    if run.batch.sequences % run.batch.accumulate:
+        raise UserError(
+            f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
+        )
+    if round(run.objective.mask_rate * run.data.length) < 1:
+        raise UserError(
+            f"objective.mask_rate: {run.objective.mask_rate} of {run.data.length} tokens rounds to no predicted row; "
+            "raise it, or data.length"
+        )
+
+
+def _check_member(name: str, member: Any) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
+        raise UserError(f"members: {name!r} cannot name a member; use letters, digits, - and _ (it becomes a folder)")
+    if (member.model is None) == (member.path is None):
+        raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")
+    if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
+        raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
+    model = member.model
+    if model is not None and model.width % (model.heads or max(model.width // 64, 1)):
+        raise UserError(
+            f"members.{name}.model.heads: a width of {model.width} does not divide into "
+            f"{model.heads or max(model.width // 64, 1)} heads"
+        )
+
+
+def _check_edge(run: Run, edge: Any, field: str) -> None:
+    for role in ("teacher", "student"):
+        name = getattr(edge, role)
+        if name not in run.members:
+            raise UserError(
+                f"{field}.{role}: there is no member {name!r}{_nearest(name, run.members)}; "
+                f"there are {', '.join(run.members)}"
+            )
+    if edge.teacher == edge.student:
+        raise UserError(f"{field}: {edge.teacher!r} cannot teach itself; name another teacher or student")
+    if run.members[edge.student].frozen:
+        raise UserError(f"{field}.student: {edge.student!r} is frozen and cannot learn; unfreeze it or drop the edge")
+
+
+# ---- plain trees -------------------------------------------------------------------------------
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style for mappings, flow style for lists of scalars: how people write configurations."""
+
+
+def _represent_list(dumper: _Dumper, items: list) -> yaml.Node:
+    flat = not any(isinstance(item, dict | list) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=flat)
+
+
+_Dumper.add_representer(list, _represent_list)
+
+
+def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
+    *parents, last = keys
+    for key in parents:
+        tree = _child(tree, key, path)
+    if isinstance(tree, list):
+        _child(tree, last, path)
+        tree[int(last)] = value
+    elif isinstance(tree, dict):
+        tree[last] = value
+    else:
+        raise UserError(f"--set {path}: {'.'.join(parents)} is a single value and has no part {last!r}")
+
+
+def _child(tree: Any, key: str, path: str) -> Any:
+    if isinstance(tree, list):
+        if not key.isdecimal() or int(key) >= len(tree):
+            raise UserError(f"--set {path}: {key!r} is no index of a list of {len(tree)}")
+        return tree[int(key)]
+    if not isinstance(tree, dict):
+        raise UserError(f"--set {path}: what stands before {key!r} is a single value")
+    return tree.setdefault(key, {})
+
+
+def _copied(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
+def _without_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+    return [_without_none(value) for value in tree] if isinstance(tree, list) else tree

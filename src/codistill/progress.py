@@ -1,0 +1,63 @@
+"""Progress that a person can read: a bar with time left on a terminal, a line now and then elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class Advance(Protocol):
+    """Called with how much is done in all, and a few words to show beside the bar."""
+
+    def __call__(self, done: int, note: str = "") -> None: ...
+
+
+def silent(done: int, note: str = "") -> None:
+    """An `Advance` that shows nothing."""
+
+
+@contextmanager
+def shown(what: str, total: int, console: Console | None = None) -> Iterator[Advance]:
+    """A bar for `total` units of `what`, on standard error."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(what, total, console)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(what, total=total, note="")
+
+        def advance(done: int, note: str = "") -> None:
+            progress.update(task, completed=done, **({"note": note} if note else {}))
+
+        yield advance
+
+
+def _lines(what: str, total: int, console: Console) -> Advance:
+    started = last = time.monotonic()
+    first: int | None = None
+
+    def advance(done: int, note: str = "") -> None:
+        nonlocal last, first
+        first = done if first is None else first
+        now = time.monotonic()
+        if now - last < _SECONDS_BETWEEN_LINES and done < total:
+            return
+        last = now
+        left = (total - done) * (now - started) / max(done - first, 1)
+        console.print(f"{what}: {done:,} of {total:,}, {left:.0f} s left  {note}", highlight=False, soft_wrap=True)
+
+    return advance

@@ -1,0 +1,95 @@
+"""Tables and figures of run folders."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+# Colours that stay apart for colour-blind readers (Okabe and Ito 2008); a twin is its original, dashed.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The contents of a finished run's `results.json`."""
+    return json.loads((folder / "results.json").read_text())
+
+
+def results_table(folder: Path) -> Table:
+    """Held-out loss, perplexity and accuracy of each member of a finished run, beside its twin's if it has one."""
+    results = read_results(folder)
+    members = results["members"]
+    twins = {member["twin_of"]: name for name, member in members.items() if member["twin_of"]}
+    unigram = results["held_out"]["unigram_loss"]
+    table = Table(
+        title=f"Held-out masked-LM scores over {results['held_out']['rows']:,} masked tokens (a single run)",
+        caption=f"unigram cross-entropy of the same tokens: {unigram:.3f} nats; "
+        f"{results['tokens']:,} training tokens, {results['seconds']:.0f} s",
+    )
+    table.add_column("member")
+    table.add_column("taught by")
+    for column in ("parameters", "loss (nats)", "perplexity", "accuracy"):
+        table.add_column(column, justify="right")
+    if twins:
+        table.add_column("loss − its twin's", justify="right")
+    for name, member in members.items():
+        table.add_row(*_row(name, member, members.get(twins.get(name, "")), bool(twins)))
+    return table
+
+
+def draw_curves(folder: Path) -> Path | None:
+    """Draws held-out loss over training tokens to `curves.png`; None where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("no learning curves: pip install 'codistill[report]' brings matplotlib")
+        return None
+    results, curves = read_results(folder), _held_out_curves(folder)
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    originals = [name for name, member in results["members"].items() if not member["twin_of"]]
+    for name, points in curves.items():
+        original = results["members"][name]["twin_of"]
+        colour = _COLOURS[originals.index(original or name) % len(_COLOURS)]
+        label = f"{name}, taught by {' and '.join(results['members'][name]['taught_by'])}"
+        label = label if results["members"][name]["taught_by"] else name
+        axes.plot(*zip(*points, strict=True), color=colour, linestyle="--" if original else "-", label=label)
+    unigram = results["held_out"]["unigram_loss"]
+    axes.axhline(unigram, color="0.6", linewidth=0.8)
+    axes.annotate("unigram", (0, unigram), color="0.4", fontsize=8, va="bottom")
+    axes.set(xlabel="training tokens (millions)", ylabel="held-out masked-LM loss (nats)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    place = folder / "curves.png"
+    figure.savefig(place, dpi=150)
+    pyplot.close(figure)
+    return place
+
+
+def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[str]:
+    row = [
+        name,
+        "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody",
+        f"{member['parameters']:,}",
+        f"{member['loss']:.3f}",
+        f"{math.exp(member['loss']):.1f}",
+        f"{member['accuracy']:.1%}",
+    ]
+    difference = f"{member['loss'] - twin['loss']:+.3f}" if twin else ""
+    return [*row, difference] if has_twins else row
+
+
+def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """(millions of tokens, loss) points of every member that was trained."""
+    results = read_results(folder)
+    tokens_per_step = results["tokens"] / results["steps"] / 1e6
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for text in (folder / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        for name, score in line.get("held_out", {}).items():
+            if not results["members"][name]["frozen"]:
+                curves.setdefault(name, []).append((line["step"] * tokens_per_step, score["loss"]))
+    return curves

@@ -1,0 +1,75 @@
+"""Held-out scores of members on given batches. Shape suffixes: N predicted rows, D width, V vocabulary."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from codistill.members import Predictor
+from codistill.objectives import Batch
+
+_ROWS_AT_ONCE = 512  # bounds the logits held at once; has no influence on a row's loss
+
+
+class Score(NamedTuple):
+    """`loss`: mean cross-entropy of the predicted rows in nats; `accuracy`: share of rows whose top guess is right."""
+
+    loss: float
+    accuracy: float
+    rows: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss): over masked rows for a masked LM, which is not comparable with a causal perplexity."""
+        return math.exp(self.loss)
+
+
+@torch.no_grad()
+def held_out(predictor: Predictor, batches: Iterable[Batch], precision: torch.dtype = torch.float32) -> Score:
+    """The score of `predictor` in evaluation mode; rows of weight 0 do not count."""
+    was_training = predictor.training
+    predictor.eval()
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in batches:
+        with torch.autocast(batch.labels_N.device.type, precision, enabled=precision != torch.float32):
+            features_ND = predictor(batch.inputs, batch.rows_N)
+        sums += _sums(predictor, features_ND, batch).cpu()
+    predictor.train(was_training)
+    loss, right, rows = sums.tolist()
+    return Score(loss / rows, right / rows, round(rows)) if rows else Score(math.nan, math.nan, 0)
+
+
+def unigram_cross_entropy(counts_V: np.ndarray, batches: Sequence[Batch]) -> float:
+    """Cross-entropy in nats of the predicted labels under the training text's token frequencies (add-one smoothed).
+
+    What a model reaches that knows how often each token occurs, and nothing else.
+    """
+    log_p_V = np.log((counts_V + 1.0) / (counts_V.sum() + len(counts_V)))
+    labels, weights = zip(*((_numpy(b.labels_N), _numpy(_row_weight(b))) for b in batches), strict=True)
+    return float(-np.average(log_p_V[np.concatenate(labels)], weights=np.concatenate(weights)))
+
+
+def _sums(predictor: Predictor, features_ND: Tensor, batch: Batch) -> Tensor:
+    """(3,) float64: summed loss, right guesses, rows."""
+    weight_VD, bias_V = predictor.output_weight, predictor.output_bias
+    row_weight_N = _row_weight(batch)
+    loss = right = torch.zeros((), dtype=torch.float64, device=features_ND.device)
+    for at in range(0, len(features_ND), _ROWS_AT_ONCE):
+        rows = slice(at, at + _ROWS_AT_ONCE)
+        logits_NV = functional.linear(features_ND[rows].float(), weight_VD, bias_V)
+        labels_N, weight_N = batch.labels_N[rows], row_weight_N[rows].double()
+        loss = loss + functional.cross_entropy(logits_NV, labels_N, reduction="none").double() @ weight_N
+        right = right + (logits_NV.argmax(-1) == labels_N).double() @ weight_N
+    return torch.stack([loss, right, row_weight_N.double().sum()])
+
+
+def _row_weight(batch: Batch) -> Tensor:
+    return torch.ones_like(batch.labels_N, dtype=torch.float32) if batch.row_weight_N is None else batch.row_weight_N
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()

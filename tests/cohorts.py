@@ -1,0 +1,49 @@
+"""Small cohorts and batches that tests share. 30,000 parameters a model: a step takes milliseconds."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim import AdamW
+
+from codistill.cohort import Cohort, Member
+from codistill.config import ModelConfig
+from codistill.members import Predictor, new_model
+from codistill.objectives import Batch
+from codistill.schedules import constant
+
+VOCABULARY, LENGTH = 50, 16
+
+
+def predictor(name: str, layers: int = 1, *, family: str = "modernbert", dropout: float = 0.1, seed: int = 0):
+    config = ModelConfig(family=family, layers=layers, width=32, heads=2, dropout=dropout)
+    model = new_model(config, vocabulary=VOCABULARY, length=LENGTH, tokenizer=None, seed=seed, name=name)
+    return Predictor(model, VOCABULARY)
+
+
+def member(name: str, layers: int = 1, *, trained: bool = True, noise_key: str = "", **kwargs) -> Member:
+    built = predictor(noise_key or name, layers, **kwargs)
+    optimizer = AdamW(built.parameters(), lr=0.0, weight_decay=0.01, fused=True) if trained else None
+    return Member(name, built, optimizer, lr=constant(1e-2), noise_key=noise_key)
+
+
+def batch(seed: int, sequences: int = 4, rows: int = 20) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (sequences, LENGTH), generator=draw)
+    rows_N = torch.randperm(sequences * LENGTH, generator=draw)[:rows].sort().values
+    return Batch({"input_ids": ids}, rows_N, torch.randint(VOCABULARY, (rows,), generator=draw))
+
+
+def run(cohort: Cohort, steps: Sequence[int] = range(5), micro_batches: int = 2) -> Cohort:
+    for step in steps:
+        cohort.step(step, [batch(1000 * step + index) for index in range(micro_batches)])
+    return cohort
+
+
+def parameters(cohort: Cohort, name: str) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in cohort.members[name].parameters]
+
+
+def assert_same_bits(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> None:
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

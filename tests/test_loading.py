@@ -1,0 +1,129 @@
+"""Strict loading: what comes in round-trips, and what is wrong is refused in one line that says what to do."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from codistill.errors import UserError
+from codistill.loading import load, override, parse_yaml, read_run, to_dict, to_yaml
+from codistill.recipes import RECIPES, find
+
+MEMBERS = {"large": {"model": {"layers": 2}}, "small": {"model": {"layers": 1}}}
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_round_trips_through_yaml(name, size):
+    run = find(f"{name}:{size}")
+    assert load(parse_yaml(to_yaml(run), "test")) == run
+
+
+def test_overrides_reach_every_part():
+    tree = override(
+        to_dict(find("ctcd")),
+        ["steps=7", "members.large.lr=1e-4", "distillation.1.weight={linear: [4, 1]}", "members.small.model.layers=1"],
+    )
+    run = load(tree)
+    assert (run.steps, run.members["large"].lr, run.members["small"].model.layers) == (7, 1e-4, 1)
+    assert (run.distillation[0].weight, run.distillation[1].weight) == (1.0, {"linear": [4, 1]})
+
+
+def test_a_twin_follows_its_original():
+    run = load(override(to_dict(find("quickstart")), ["members.large.model.layers=3", "members.small-alone.lr=1e-4"]))
+    assert run.members["large-alone"].model.layers == 3
+    assert run.members["small-alone"].lr == 1e-4
+    assert run.members["small"].lr != 1e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-4", 1e-4), ("5E+2", 500.0), ("3", 3), (".5", 0.5), ("-1.5e-3", -1.5e-3), ("true", True), ("on", "on")],
+)
+def test_numbers_are_what_people_write(text, value):
+    parsed = parse_yaml(text, "test")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False))
+def test_any_float_survives_yaml(value):
+    assert parse_yaml(repr(value), "test") == value
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stpes": 1}, r"^stpes: there is no such setting \(did you mean steps\?\)"),
+        ({"steps": "many"}, r"^steps: 'many' came in where a whole number is wanted"),
+        ({"steps": True}, r"^steps: True came in where a whole number"),
+        ({"steps": 0}, r"^steps: 0 came in where at least 1 is wanted"),
+        ({"steps": 2.5}, r"^steps: 2.5 came in where a whole number"),
+        ({"precision": "float16"}, r"^precision: 'float16' .* one of auto, float32, bfloat16"),
+        ({"objective": {"mask_rate": 0}}, r"^objective\.mask_rate: 0.0 came in where more than 0"),
+        ({"objective": {"mask_rate": 1.5}}, r"^objective\.mask_rate: 1.5 came in where at most 0.9"),
+        ({"objective": {"mask_rate": 0.01}, "data": {"length": 16}}, r"rounds to no predicted row"),
+        ({"data": []}, r"^data: \[\] came in where a mapping is wanted"),
+        ({"members": {}}, r"^members: none is trained"),
+        ({"members": {"a": {"model": {}, "frozen": True}}}, r"^members: none is trained"),
+        ({"members": {"a": {}}}, r"^members\.a: give either `model`"),
+        ({"members": {"a": {"model": {}, "path": "b"}}}, r"^members\.a: give either `model`"),
+        ({"members": {"a/b": {"model": {}}}}, r"'a/b' cannot name a member"),
+        ({"members": {"a": {"model": {"layer": 2}}}}, r"^members\.a\.model\.layer: .*did you mean layers"),
+        ({"members": {"a": {"model": {"width": 100, "heads": 3}}}}, r"^members\.a\.model\.heads: a width of 100"),
+        ({"members": {"a": {"model": {}, "betas": [0.9]}}}, r"^members\.a\.betas"),
+        ({"members": {"a": {"twin_of": "b"}}}, r"^members\.a\.twin_of: there is no member 'b'"),
+        ({"members": {"a": {"model": {}, "lr": -1}}}, r"^members\.a\.lr: -1 is no schedule"),
+        ({"distillation": [{"teacher": "large"}]}, r"^distillation\.0\.student: missing; every distillation needs one"),
+        (
+            {"distillation": [{"teacher": "lage", "student": "small"}]},
+            r"^distillation\.0\.teacher: there is no member 'lage' \(did you mean large\?\)",
+        ),
+        (
+            {"distillation": [{"teacher": "large", "student": "large"}]},
+            r"^distillation\.0: 'large' cannot teach itself",
+        ),
+        (
+            {"distillation": [{"teacher": "large", "student": "small", "temperature": 0}]},
+            r"^distillation\.0\.temperature: 0.0 came in where more than 0",
+        ),
+        (
+            {"distillation": [{"teacher": "large", "student": "small", "divergence": "kl"}]},
+            r"^distillation\.0\.divergence: 'kl' .*forward_kl",
+        ),
+        ({"batch": {"sequences": 10, "accumulate": 3}}, r"^batch\.accumulate: 3 does not divide the 10 sequences"),
+    ],
+)
+def test_what_is_wrong_is_refused(change, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        load({"members": MEMBERS, **change})
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_edge_to_a_frozen_student_is_refused():
+    members = {**MEMBERS, "old": {"path": "somewhere", "frozen": True}}
+    with pytest.raises(UserError, match="'old' is frozen and cannot learn"):
+        load({"members": members, "distillation": [{"teacher": "large", "student": "old"}]})
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("steps", "write KEY=VALUE"),
+        ("distillation.5.weight=1", "'5' is no index of a list of 2"),
+        ("steps.more=1", "single value"),
+        ("data.train=[", "is not YAML"),
+        ("members={a: 1, a: 2}", "the key 'a' stands twice"),
+    ],
+)
+def test_wrong_overrides_are_refused(assignment, message):
+    with pytest.raises(UserError, match=message):
+        load(override(to_dict(find("ctcd")), [assignment]))
+
+
+def test_wrong_files_are_refused(tmp_path):
+    for content, message in ((b"- 1", "holds no mapping"), (b"a: [", "is not YAML"), (b"\xff\xfe", "cannot be read")):
+        (tmp_path / "run.yaml").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_run(tmp_path / "run.yaml")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_run(tmp_path / "absent.yaml")
