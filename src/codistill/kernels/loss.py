@@ -4,32 +4,22 @@ Shape suffixes: N predicted rows, D width of a member, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from codistill.kernels.reference import reference_loss
+from codistill.errors import UserError
+from codistill.kernels.problem import Edge, Problem, checked, is_fused
 
-
-class Edge(NamedTuple):
-    """`teacher` teaches `student`: adds weight · divergence(student, teacher detached) to the student's loss.
-
-    `weight` is a float or a 0-d tensor; `temperature` > 0 is fixed; `divergence` is a key of
-    `codistill.divergences.DIVERGENCES`.
-    """
-
-    teacher: str
-    student: str
-    weight: float | Tensor = 1.0
-    temperature: float = 1.0
-    divergence: str = "forward_kl"
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
 
 class CohortLoss(NamedTuple):
     """`total` carries gradients; `hard[member]` and `soft[i]` (edge i, unweighted, τ² included) are detached, in nats.
 
-    All are 0-d float32: weighted sums over rows ÷ the denominator.
+    All are 0-d float32 (float64 for float64 members): weighted sums over rows ÷ the denominator.
     """
 
     total: Tensor
@@ -47,13 +37,67 @@ def linear_cohort_loss(
     edges: Sequence[Edge] = (),
     row_weight: Tensor | None = None,
     denominator: Tensor | None = None,
+    vocabulary: int | None = None,
     chunk_rows: int | None = None,
     impl: str | None = None,
 ) -> CohortLoss:
-    """The cohort's loss on N predicted rows, with gradients to each trained member's features, weight and bias."""
-    if row_weight is None:
-        row_weight = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
-    if denominator is None:
-        denominator = row_weight.sum()
-    total, hard, soft = reference_loss(hidden, weight, bias, labels, hard_weight, edges, row_weight, denominator)
-    return CohortLoss(total, hard, soft)
+    """The cohort's loss on N predicted rows, with gradients to each trained member's features, weight and bias.
+
+        z_m = hidden_m weight_mᵀ + bias_m
+        total = Σ_i r_i [ Σ_m h_m · CE(z_m, y)_i + Σ_e w_e · divergence_e(z_student, z_teacher detached)_i ] ÷ denominator
+
+    `hidden[m]` (N, D_m), `weight[m]` (at least V, D_m), `bias[m]` (as many, or None), `labels` y (N,) int64,
+    `row_weight` r (N,), `hard_weight[m]` h. `vocabulary` V says how many rows of the weights are tokens: rows added
+    for alignment are cut, take no part in any softmax and get gradient 0 (default: the rows of the weights, which then
+    must agree). `denominator` is a 0-d tensor, by default Σ r. No rows give 0. Weights that vary enter as 0-d tensors.
+
+    A member is trained if grad mode is on and its hidden, weight or bias requires a gradient; any other costs one
+    matrix product. `impl`: "reference" is plain autograd and takes any divergence, a function of
+    `codistill.divergences.Divergence`'s type too; "chunked" and "triton" form the gradients here, in the forward pass,
+    `chunk_rows` rows at a time, hold nothing of size N × V, and hand the gradients out to one backward pass. They
+    round as `torch.nn.functional.linear` would, to the features' type or autocast's, except that logits and sums are
+    float32. Raises UserError for what cannot be computed as asked.
+    """
+    problem = checked(hidden, weight, bias, labels, hard_weight, edges, row_weight, denominator, vocabulary)
+    impl = _chosen(impl, problem)
+    if impl == "reference":
+        from codistill.kernels.reference import reference_loss
+
+        return CohortLoss(*reference_loss(problem))
+    from codistill.kernels.chunked import chunked_loss
+
+    return CohortLoss(*chunked_loss(problem, chunk_rows, _sweep(impl)))
+
+
+def _chosen(impl: str | None, problem: Problem) -> str:
+    custom = [edge.divergence for edge in problem.edges if not is_fused(edge.divergence)]
+    device = problem.labels_N.device.type
+    if impl is None:
+        return "reference" if custom else "triton" if device == "cuda" and _has_triton() else "chunked"
+    if impl not in IMPLEMENTATIONS:
+        raise UserError(f"impl: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if custom and impl != "reference":
+        raise UserError(f"impl: {impl!r} does not know the divergence {custom[0]!r}; leave impl out or use 'reference'")
+    if impl == "triton" and not (_has_triton() and (device == "cuda" or _interpreted())):
+        raise UserError(f"impl: 'triton' needs a CUDA device and the package triton, not {device}; use 'chunked'")
+    return impl
+
+
+def _sweep(impl: str):
+    if impl == "triton":
+        from codistill.kernels.triton_rows import sweep
+    else:
+        from codistill.kernels.rows import sweep
+    return sweep
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+

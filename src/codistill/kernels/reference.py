@@ -5,26 +5,29 @@ from torch import Tensor
 from torch.nn import functional
 
 from codistill.divergences import DIVERGENCES
+from codistill.kernels.problem import Problem
 
 
-def reference_loss(hidden, weight, bias, labels, hard_weight, edges, row_weight, denominator):
-    """(total, hard, soft) as in `codistill.kernels.loss.CohortLoss`."""
-    dtype = torch.promote_types(next(iter(hidden.values())).dtype, torch.float32)
-    scale = row_weight.to(dtype) / denominator.to(dtype).clamp_min(torch.finfo(dtype).tiny)
-    logits = {m: _logits(hidden[m], weight[m], bias.get(m), dtype) for m in hidden}
-    hard, soft, total = {}, [], torch.zeros((), dtype=dtype, device=labels.device)
-    for member, logits_NV in logits.items():
-        loss = (functional.cross_entropy(logits_NV, labels, reduction="none") * scale).sum()
-        hard[member] = loss.detach()
-        total = total + hard_weight[member] * loss
-    for edge in edges:
-        rows = DIVERGENCES[edge.divergence](logits[edge.student], logits[edge.teacher].detach(), edge.temperature)
-        loss = (rows * scale).sum()
-        soft.append(loss.detach())
-        total = total + edge.weight * loss
+def reference_loss(problem: Problem) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
+    """(total, hard, soft) as in `codistill.kernels.loss.CohortLoss`, in at least float32 whatever autocast says."""
+    scale_N, dtype = problem.scale_N, problem.dtype
+    with torch.autocast(scale_N.device.type, enabled=False):
+        logits = {member: _logits(problem, member, dtype) for member in problem.hidden}
+        hard, soft, total = {}, [], torch.zeros((), dtype=dtype, device=scale_N.device)
+        for member, logits_NV in logits.items():
+            loss = (functional.cross_entropy(logits_NV, problem.labels_N, reduction="none") * scale_N).sum()
+            hard[member] = loss.detach()
+            total = total + problem.hard_weight[member] * loss
+        for edge in problem.edges:
+            divergence = DIVERGENCES[edge.divergence] if isinstance(edge.divergence, str) else edge.divergence
+            rows = divergence(logits[edge.student], logits[edge.teacher].detach(), edge.temperature)
+            loss = (rows * scale_N).sum()
+            soft.append(loss.detach())
+            total = total + edge.weight * loss
     return total, hard, tuple(soft)
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, dtype: torch.dtype) -> Tensor:
-    logits_NV = hidden_ND.to(dtype) @ weight_VD.to(dtype).T
-    return logits_NV if bias_V is None else logits_NV + bias_V.to(dtype)
+def _logits(problem: Problem, member: str, dtype: torch.dtype) -> Tensor:
+    weight_VD, bias_V = problem.weight[member][: problem.vocabulary], problem.bias[member]
+    logits_NV = problem.hidden[member].to(dtype) @ weight_VD.to(dtype).T
+    return logits_NV if bias_V is None else logits_NV + bias_V[: problem.vocabulary].to(dtype)
