@@ -5,9 +5,10 @@ import sys
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -76,7 +77,7 @@ def build(run: Run, device: torch.device) -> Built:
     )
 
 
-def resolved_precision(run: Run, device: torch.device) -> str:
+def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
     """`run.precision` with `auto` resolved to what `device` is good at."""
     if run.precision != "auto":
         return run.precision
@@ -108,15 +109,17 @@ def _model(
     config = run.members[name].model
     if config is None:
         _check_fits(run, name, loaded[name], vocabulary_size(tokenizer))
-        return loaded[name].to(device)
-    return new_model(
-        config,
-        vocabulary=vocabulary_size(tokenizer),
-        length=run.data.length,
-        tokenizer=tokenizer,
-        seed=run.seed,
-        name=run.members[name].twin_of or name,
-    ).to(device)
+        model = loaded[name]
+    else:
+        model = new_model(
+            config,
+            vocabulary=vocabulary_size(tokenizer),
+            length=run.data.length,
+            tokenizer=tokenizer,
+            seed=run.seed,
+            name=run.members[name].twin_of or name,
+        )
+    return cast(PreTrainedModel, cast(nn.Module, model).to(device))
 
 
 def _cohort(run: Run, models: dict[str, PreTrainedModel], vocabulary: int) -> Cohort:

@@ -118,24 +118,28 @@ class Cohort:
         """(N, D) features of the predicted rows; the noise is a function of (seed, step, micro-batch, rank, name)."""
         if member.is_trained:
             torch.manual_seed(seed_of(self.seed, "noise", step, micro_batch, self.rank, member.noise_key))
-        low = self.precision != torch.float32
-        with torch.set_grad_enabled(member.is_trained), torch.autocast(self.device.type, self.precision, enabled=low):
+        with torch.set_grad_enabled(member.is_trained), self._autocast():
             return member.predictor(batch.inputs, batch.rows_N)
 
     def _loss(
         self, features: Mapping[str, Tensor], batch: Batch, step: int, edges: Sequence[Edge], denominator: Tensor
     ) -> CohortLoss:
         members = [self.members[name] for name in features]
-        return linear_cohort_loss(
-            features,
-            {m.name: m.predictor.output_weight for m in members},
-            {m.name: m.predictor.output_bias for m in members},
-            batch.labels_N,
-            hard_weight={m.name: m.hard_weight(step) if m.is_trained else 0.0 for m in members},
-            edges=edges,
-            row_weight=batch.row_weight_N,
-            denominator=denominator,
-        )
+        with self._autocast():
+            return linear_cohort_loss(
+                features,
+                {m.name: m.predictor.output_weight for m in members},
+                {m.name: m.predictor.output_bias for m in members},
+                batch.labels_N,
+                hard_weight={m.name: m.hard_weight(step) if m.is_trained else 0.0 for m in members},
+                edges=edges,
+                row_weight=batch.row_weight_N,
+                denominator=denominator,
+                vocabulary=members[0].predictor.vocabulary,
+            )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _update(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Clips and steps every trained member, unless anything in this or an earlier step was not finite."""
@@ -195,7 +199,11 @@ def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
 
 
 def _summed(losses: Sequence[CohortLoss], edges: Sequence[Edge]) -> dict[str, Tensor]:
-    metrics = {f"{name}/hard": sum(loss.hard[name] for loss in losses) for name in losses[0].hard}
+    metrics = {f"{name}/hard": _sum([loss.hard[name] for loss in losses]) for name in losses[0].hard}
     for index, edge in enumerate(edges):
-        metrics[f"{edge.student}/from_{edge.teacher}"] = sum(loss.soft[index] for loss in losses)
+        metrics[f"{edge.student}/from_{edge.teacher}"] = _sum([loss.soft[index] for loss in losses])
     return metrics
+
+
+def _sum(scalars: Sequence[Tensor]) -> Tensor:
+    return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()

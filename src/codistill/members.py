@@ -7,6 +7,7 @@ D width, N predicted rows, V vocabulary.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,32 +43,33 @@ class Family:
 class Predictor(nn.Module):
     """A masked LM that stops before its output embedding, and after choosing the predicted rows.
 
-    `forward(inputs, rows_N)` gives the features (N, D); logits are features @ `output_weight`ᵀ + `output_bias`.
+    `forward(inputs, rows_N)` gives the features (N, D); logits are features @ `output_weight`ᵀ + `output_bias`, of
+    which the first `vocabulary` are tokens.
     """
 
     def __init__(self, model: PreTrainedModel, vocabulary: int):
         super().__init__()
         family = FAMILIES[model.config.model_type]
         self.model, self.vocabulary = model, vocabulary
-        # Looked up once: a walk through module names costs more than a tiny model's layer norm.
-        self._parts = [model.get_submodule(name) for name in (family.backbone, family.transform, family.output)]
+        # In lists, so that the parts are not registered twice, and looked up once, because a walk through module names
+        # costs more than a tiny model's layer norm.
+        self._parts = [model.get_submodule(name) for name in (family.backbone, family.transform)]
+        self._output = [cast(nn.Linear, model.get_submodule(family.output))]
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
-        backbone, transform, _ = self._parts
+        backbone, transform = self._parts
         hidden_BTD = backbone(**inputs).last_hidden_state
         return transform(hidden_BTD.flatten(0, 1).index_select(0, rows_N))
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, D), cut to the tokenizer's vocabulary where the model's is wider."""
-        weight = self._parts[2].weight
-        return weight if len(weight) == self.vocabulary else weight[: self.vocabulary]
+        """(at least V, D): rows beyond the tokenizer's vocabulary are for the loss to cut."""
+        return self._output[0].weight
 
     @property
     def output_bias(self) -> Tensor | None:
-        """(V,), or None."""
-        bias = self._parts[2].bias
-        return bias if bias is None or len(bias) == self.vocabulary else bias[: self.vocabulary]
+        """As long as `output_weight`, or None."""
+        return self._output[0].bias
 
     @property
     def num_parameters(self) -> int:

@@ -41,7 +41,7 @@ def shown(what: str, total: int, console: Console | None = None) -> Iterator[Adv
         task = progress.add_task(what, total=total, note="")
 
         def advance(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, **({"note": note} if note else {}))
+            progress.update(task, completed=done, note=note or progress.tasks[task].fields["note"])
 
         yield advance
 

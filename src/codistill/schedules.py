@@ -37,7 +37,8 @@ def build(spec: Spec, steps: int) -> Schedule:
         marks = sorted(values.items())
         return lambda step: [value for start, value in marks if start <= step][-1]
     if kind in ("linear", "cosine"):
-        return _between(*values[:2], values[2] if len(values) == 3 else steps, kind)
+        start, end, *until = values
+        return _between(start, end, until[0] if until else steps, kind)
     return _warmup(values[0], round(values[1] * steps), steps, kind.removeprefix("warmup_"))
 
 

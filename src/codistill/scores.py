@@ -55,7 +55,8 @@ def unigram_cross_entropy(counts_V: np.ndarray, batches: Sequence[Batch]) -> flo
 
 def _sums(predictor: Predictor, features_ND: Tensor, batch: Batch) -> Tensor:
     """(3,) float64: summed loss, right guesses, rows."""
-    weight_VD, bias_V = predictor.output_weight, predictor.output_bias
+    weight_VD, bias_V = predictor.output_weight[: predictor.vocabulary], predictor.output_bias
+    bias_V = None if bias_V is None else bias_V[: predictor.vocabulary]
     row_weight_N = _row_weight(batch)
     loss = right = torch.zeros((), dtype=torch.float64, device=features_ND.device)
     for at in range(0, len(features_ND), _ROWS_AT_ONCE):

@@ -59,7 +59,8 @@ def train(
 
 
 def _loop(run: Run, built: Built, out: Path, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
-    trained = {m.name: checkpoint.Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained}
+    members = built.cohort.trained
+    trained = {m.name: checkpoint.Trained(built.models[m.name], m.optimizer) for m in members if m.optimizer}
     saved = checkpoint.newest(out / "checkpoints")
     first = checkpoint.load(saved, trained) if saved else 0
     log = _Log(run, out / "metrics.jsonl", first)
