@@ -1,13 +1,27 @@
 """What is predicted: an objective names the rows to predict and their labels, and nothing else.
 
 Heads are applied to those rows only, so masked, causal and classification objectives share every loss: no ignore
-index, no shift. Shape suffixes: B sequences, T position, N predicted rows.
+index, no shift. Shape suffixes: B sequences, T position, K predicted positions of one sequence, N = B · K predicted
+rows, V vocabulary.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from .data.order import GOLDEN, fraction_below, keyed, mix
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .data.tokenizers import Vocabulary
+
+_NEVER = np.uint64(2**64 - 1)
 
 
 @dataclass(frozen=True)
@@ -24,3 +38,95 @@ class Batch:
     labels_N: Tensor
     row_weight_N: Tensor | None = None
     sample_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Masked language modelling as in BERT (Devlin et al., 2019): of every sequence, round(mask_rate · T) tokens are
+    predicted; of these 80 % are shown as [MASK], 10 % as a random ordinary token, 10 % as they are.
+
+    A sequence of fewer tokens (padding) has round(mask_rate · its tokens) of them, at least one; whole-word masking
+    takes whole words while they fit. Slots that stay unfilled have row weight 0. Special tokens are never chosen.
+    """
+
+    mask_rate: float = 0.15
+    whole_word: bool = False
+    name: ClassVar[str] = "mlm"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_rate < 1:
+            raise UserError(f"objective.mask_rate {self.mask_rate}: expected a number above 0 and below 1")
+
+    def slots(self, length: int) -> int:
+        """Predicted rows of a sequence of `length` positions; UserError below two positions."""
+        if length < 2:
+            raise UserError(f"data.length {length}: expected at least 2 positions")
+        return min(max(1, round(self.mask_rate * length)), length - 1)
+
+    def batch(
+        self,
+        ids_BT: np.ndarray,
+        lengths_B: np.ndarray,
+        key_B: np.ndarray,
+        vocabulary: Vocabulary,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        sample_ids: tuple[int, ...] = (),
+    ) -> Batch:
+        """The masked batch: a pure function of the token ids (int64), the lengths without padding and a uint64 key for
+        each sequence. `inputs`: further inputs of the backbone, passed on. UserError when there is no [MASK]."""
+        if vocabulary.mask is None:
+            raise UserError("objective.name mlm: the tokenizer has no mask token; give one that has, or train one")
+        place_BK, filled_BK, noise_BK = self._choose(ids_BT, lengths_B, key_B, vocabulary)
+        labels_BK = np.take_along_axis(ids_BT, place_BK, axis=1)
+        shown_BK = np.where(filled_BK, _shown(labels_BK, noise_BK, vocabulary), labels_BK)
+        masked_BT = ids_BT.copy()
+        np.put_along_axis(masked_BT, place_BK, shown_BK, axis=1)
+        rows_BK = place_BK + np.arange(0, ids_BT.size, ids_BT.shape[1])[:, None]
+        tensors = {"input_ids": masked_BT, **(inputs or {})}
+        return Batch(
+            inputs={name: torch.from_numpy(array) for name, array in tensors.items()},
+            rows_N=torch.from_numpy(rows_BK.reshape(-1)),
+            labels_N=torch.from_numpy(labels_BK.reshape(-1)),
+            row_weight_N=torch.from_numpy(filled_BK.reshape(-1).astype(np.float32)),
+            sample_ids=sample_ids,
+        )
+
+    def _choose(
+        self, ids_BT: np.ndarray, lengths_B: np.ndarray, key_B: np.ndarray, vocabulary: Vocabulary
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The chosen positions (B, K), all distinct; which slots are filled; noise for each.
+
+        Every position (or word) has a hash; the K smallest are chosen, in that order. The position sits in the low
+        bits of the hash, so sorting plain integers gives the choice, ties included, and words stay together.
+        """
+        length, slots = ids_BT.shape[1], self.slots(ids_BT.shape[1])
+        position_T = np.arange(length)
+        low = np.uint64(2 ** int(length - 1).bit_length() - 1)
+        owner_BT = _word_starts(ids_BT, vocabulary) if self.whole_word else position_T[None]
+        hash_BT = mix(key_B[:, None] + (owner_BT.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+        hash_BT[vocabulary.special_V[ids_BT] | (position_T >= lengths_B[:, None])] = _NEVER
+        hash_BT = (hash_BT & ~low) | position_T.astype(np.uint64)
+        # One more than is taken: it tells whether the last word was taken whole.
+        order_BK = np.sort(np.partition(hash_BT, slots, axis=1)[:, : slots + 1], axis=1)
+        place_BK = (order_BK & low).astype(np.int64)
+        wanted_B = np.clip(np.rint(self.mask_rate * lengths_B).astype(np.int64), 1, slots)[:, None]
+        filled_BK = (order_BK < (_NEVER & ~low)) & (np.arange(slots + 1) < wanted_B)
+        if self.whole_word:
+            word_BK = np.take_along_axis(owner_BT, place_BK, axis=1)
+            filled_BK &= word_BK != np.take_along_axis(word_BK, wanted_B, axis=1)
+        return place_BK[:, :slots], filled_BK[:, :slots], keyed(order_BK[:, :slots], 1)
+
+
+def _word_starts(ids_BT: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """For each position the one at which its word begins."""
+    starts_BT = ~vocabulary.continues_V[ids_BT]
+    starts_BT[:, 0] = True
+    starts_BT[:, 1:] |= vocabulary.special_V[ids_BT[:, :-1]]
+    return np.maximum.accumulate(np.where(starts_BT, np.arange(ids_BT.shape[1]), 0), axis=1)
+
+
+def _shown(labels_BK: np.ndarray, noise_BK: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """What stands in the input instead of the labels: 80 % [MASK], 10 % any ordinary token, 10 % the label."""
+    tenth_BK = fraction_below(noise_BK, 10)
+    other_BK = vocabulary.ordinary[fraction_below(noise_BK << np.uint64(32), vocabulary.ordinary.size)]
+    return np.select([tenth_BK < 8, tenth_BK == 8], [np.int64(vocabulary.mask), other_BK], labels_BK)
