@@ -16,12 +16,16 @@ from codistill import schedules
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import MemberConfig, Run
 from codistill.data.batches import Batches, held_out
-from codistill.data.prepare import cached
-from codistill.data.tokenizers import load_tokenizer, tokenizer_hash, vocabulary_size
+from codistill.data.corpus import Corpus
+from codistill.data.prepare import Progress, cached
+from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
-from codistill.objectives import Batch
+from codistill.objectives import Batch, MaskedLM
+from codistill.progress import shown
 from codistill.scores import unigram_cross_entropy
+
+_SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
 
 
 @dataclass
@@ -41,25 +45,22 @@ def build(run: Run, device: torch.device) -> Built:
     """The live objects of `run`; raises UserError for whatever in it cannot be had."""
     _check_sources(run)
     loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
-    tokenizer_spec = _tokenizer_spec(run)
-    corpus = cached(run.data.train, tokenizer_spec)
-    tokenizer = load_tokenizer(str(corpus.folder / "tokenizer"))
+    corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train")
+    tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
-    validation = cached(run.data.validation, str(corpus.folder / "tokenizer"))
-    held_out_batches = [
-        to_device(batch, device)
-        for batch in held_out(
-            validation,
-            run.objective,
-            length=run.data.length,
-            sequences=min(run.batch.sequences, 64),
-            seed=run.seed,
-            limit=run.evaluate.sequences,
-        )
-    ]
+    validation = _prepared(run.data.validation, tokenizer, "data.validation")
+    objective = MaskedLM(run.objective.mask_rate)
+    masked = held_out(
+        validation,
+        objective,
+        length=run.data.length,
+        sequences=_SEQUENCES_AT_ONCE,
+        seed=run.seed,
+        limit=run.evaluate.sequences,
+    )
     batches = Batches(
         corpus,
-        run.objective,
+        objective,
         length=run.data.length,
         sequences=run.batch.sequences,
         accumulate=run.batch.accumulate,
@@ -69,10 +70,10 @@ def build(run: Run, device: torch.device) -> Built:
     return Built(
         cohort=_cohort(run, models, vocabulary_size(tokenizer)),
         batches=batches,
-        held_out=held_out_batches,
-        unigram=unigram_cross_entropy(corpus.unigram_counts(), held_out_batches),
+        held_out=[to_device(batch, device) for batch in masked],
+        unigram=unigram_cross_entropy(corpus.unigram_counts(), masked),
         tokenizer=tokenizer,
-        provenance=_provenance(run, corpus, validation, tokenizer, device),
+        provenance=_provenance(run, [corpus, validation], tokenizer, device),
         models=models,
     )
 
@@ -94,6 +95,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         None if weight is None else weight.to(device, non_blocking=True),
         batch.sample_ids,
     )
+
+
+def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str) -> Corpus:
+    with shown(f"preparing {field}, MB", 0) as advance:
+
+        def progress(state: Progress) -> None:
+            advance(state.done_bytes // 2**20, f"{state.tokens_per_second:,.0f} tokens/s", state.total_bytes // 2**20)
+
+        return cached(sources, tokenizer, progress=progress)
 
 
 # ---- models and the cohort ---------------------------------------------------------------------
@@ -212,7 +222,9 @@ def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) ->
 # ---- provenance --------------------------------------------------------------------------------
 
 
-def _provenance(run: Run, corpus: Any, validation: Any, tokenizer: Any, device: torch.device) -> dict[str, Any]:
+def _provenance(
+    run: Run, corpora: list[Corpus], tokenizer: PreTrainedTokenizerFast, device: torch.device
+) -> dict[str, Any]:
     return {
         "versions": {
             "python": platform.python_version(),
@@ -223,7 +235,10 @@ def _provenance(run: Run, corpus: Any, validation: Any, tokenizer: Any, device: 
             "threads": torch.get_num_threads(),
             "system": sys.platform,
         },
-        "data": {"train": corpus.fingerprint, "validation": validation.fingerprint},
+        "data": {
+            name: {key: corpus.manifest[key] for key in ("identity", "documents", "tokens")}
+            for name, corpus in zip(("train", "validation"), corpora, strict=True)
+        },
         "tokenizer": tokenizer_hash(tokenizer),
         "members": {n: _weights_hash(m.path) for n, m in run.members.items() if m.path is not None},
     }

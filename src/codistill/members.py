@@ -29,6 +29,10 @@ from codistill.errors import UserError
 from codistill.seeds import seed_of
 
 
+# Models here load and save in a moment, beside a progress bar of our own.
+transformers_logging.disable_progress_bar()
+
+
 @dataclass(frozen=True)
 class Family:
     """Where an architecture keeps its backbone, the head's transform and the output embedding; how to configure it."""
@@ -125,7 +129,6 @@ def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
 
 
 def _load_weights(path: str, field: str) -> PreTrainedModel:
-    transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # safetensors and the hub have error types of their own, none of them documented

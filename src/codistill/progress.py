@@ -12,12 +12,12 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 class Advance(Protocol):
-    """Called with how much is done in all, and a few words to show beside the bar."""
+    """Called with how much is done in all, a few words to show beside the bar, and the total once it is known."""
 
-    def __call__(self, done: int, note: str = "") -> None: ...
+    def __call__(self, done: int, note: str = "", total: int | None = None) -> None: ...
 
 
-def silent(done: int, note: str = "") -> None:
+def silent(done: int, note: str = "", total: int | None = None) -> None:
     """An `Advance` that shows nothing."""
 
 
@@ -40,21 +40,22 @@ def shown(what: str, total: int, console: Console | None = None) -> Iterator[Adv
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(what, total=total, note="")
 
-        def advance(done: int, note: str = "") -> None:
-            progress.update(task, completed=done, note=note or progress.tasks[task].fields["note"])
+        def advance(done: int, note: str = "", total: int | None = None) -> None:
+            progress.update(task, completed=done, total=total, note=note or progress.tasks[task].fields["note"])
 
         yield advance
 
 
-def _lines(what: str, total: int, console: Console) -> Advance:
+def _lines(what: str, known: int, console: Console) -> Advance:
     started = last = time.monotonic()
     first: int | None = None
 
-    def advance(done: int, note: str = "") -> None:
+    def advance(done: int, note: str = "", total: int | None = None) -> None:
         nonlocal last, first
+        total = total or known
         first = done if first is None else first
         now = time.monotonic()
-        if now - last < _SECONDS_BETWEEN_LINES and done < total:
+        if now - last < _SECONDS_BETWEEN_LINES and (done < total or not total):
             return
         last = now
         left = (total - done) * (now - started) / max(done - first, 1)
