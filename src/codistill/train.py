@@ -47,7 +47,7 @@ def train(
     check_folder(run, out, resume=resume, fresh=fresh)
     torch.use_deterministic_algorithms(run.deterministic)
     built = build(run, place)
-    _check_provenance(run, built)
+    _check_provenance(load(read_run(out / "run.yaml")) if resume else run, built)
     run = replace(run, provenance=built.provenance)
     _open_folder(run, out, resume=resume, fresh=fresh)
     with _signals() as asked_to_stop:

@@ -1,0 +1,282 @@
+"""Whole runs: exact resumption in a new process, folders, failures. Small models on the built-in text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+from codistill.build import build
+from codistill.errors import MachineError, UserError
+from codistill.loading import load, override, read_run, to_dict, to_yaml
+from codistill.recipes import RECIPES, find
+from codistill.train import Stopped, train
+
+CPU = torch.device("cpu")
+SMALL = [
+    "steps=20",
+    "batch={sequences: 8, accumulate: 2}",
+    "data={train: [TEXT], validation: [TEXT], tokenizer: 'train:wordpiece:300', length: 32}",
+    "evaluate={every: 10, sequences: 16}",
+    "checkpoint.every=10",
+    "log.every=5",
+]
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A little prose: long enough for three epochs of 20 steps to end inside the run."""
+    words = "the cat sat on a mat and saw some dog run far into our old garden to eat more of her food"
+    words = words.split()
+    draw = torch.Generator().manual_seed(0)
+    sentences = [" ".join(words[i] for i in torch.randint(len(words), (9,), generator=draw)) for _ in range(400)]
+    file = tmp_path_factory.mktemp("text") / "prose.txt"
+    file.write_text(". ".join(sentences))
+    return file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    os.environ["CODISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def small_run(recipe: str, text: Path, *more: str):
+    """`recipe` with models of 32 units and dropout."""
+    tree = override(to_dict(find(recipe)), [s.replace("TEXT", str(text)) for s in SMALL])
+    for number, member in enumerate(tree["members"].values()):
+        if "model" in member:
+            member["model"] = {"family": "modernbert", "layers": 2 - number % 2, "width": 32, "dropout": 0.1}
+    return load(override(tree, more))
+
+
+@pytest.fixture(scope="session")
+def teacher(text, tmp_path_factory) -> Path:
+    """A pre-trained model folder."""
+    out = tmp_path_factory.mktemp("teacher") / "run"
+    return train(small_run("standalone", text, "steps=5"), out) / "members" / "large"
+
+
+def with_teachers(recipe: str, text: Path, teacher: Path, *more: str):
+    taught = [f"members.{n}.path={teacher}" for n, m in find(recipe).members.items() if m.path is not None]
+    own = ["data.tokenizer=null"] if taught else []
+    return small_run(recipe, text, *taught, *own, *more)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{file.parent.name}/{name}": tensor
+        for file in sorted((folder / "members").glob("*/model.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert mine.keys() == theirs.keys()
+    assert mine
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
+    losses = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+        for lines in ((folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other))
+    ]
+    assert losses[0] == losses[1]
+
+
+def in_new_process(statement: str) -> None:
+    code = f"from codistill.cli import main; from codistill.train import *; {statement}"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, timeout=120)
+
+
+@pytest.mark.parametrize("recipe", ["standalone", "dwt", "ctcd", "community"])
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(recipe, text, teacher, tmp_path):
+    run = with_teachers(recipe, text, teacher)
+    straight = train(run, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "resumed", stop_at=7)
+    assert not (tmp_path / "resumed" / "results.json").exists()
+    in_new_process(f"main(['train', {str(tmp_path / 'resumed' / 'run.yaml')!r}, '--resume'])")
+    assert_same_run(straight, tmp_path / "resumed")
+
+
+def test_the_resolved_configuration_repeats_the_run(text, tmp_path):
+    first = train(small_run("ctcd", text), tmp_path / "first")
+    again = train(load(read_run(first / "run.yaml")), tmp_path / "again")
+    assert_same_run(first, again)
+
+
+def test_a_seed_changes_the_run(text, tmp_path):
+    first = train(small_run("standalone", text, "steps=2"), tmp_path / "first")
+    other = train(small_run("standalone", text, "steps=2", "seed=1"), tmp_path / "other")
+    with pytest.raises(AssertionError):
+        assert_same_run(first, other)
+
+
+def test_quickstarts_twin_is_the_stand_alone_run(text, tmp_path):
+    alone = weights(train(small_run("standalone", text), tmp_path / "alone"))
+    beside = weights(train(small_run("quickstart", text), tmp_path / "beside"))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(tensor, beside[name.replace("large/", "large-alone/")], rtol=0, atol=0)
+    assert any(not torch.equal(tensor, beside[name]) for name, tensor in alone.items())
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_steps_at_tiny(name, text, teacher):
+    tree = to_dict(find(f"{name}:tiny"))
+    sets = ["batch.sequences=4", "evaluate.sequences=8", f"data.train=[{text}]", f"data.validation=[{text}]"]
+    sets += [f"members.{n}.path={teacher}" for n, m in tree["members"].items() if "path" in m]
+    # A teacher of this test is narrower than the recipe's, but shares its vocabulary with the students.
+    sets.append("data.tokenizer=null" if any("path" in m for m in tree["members"].values()) else "data.length=64")
+    run = replace(load(override(tree, sets)), precision="float32")
+    built = build(run, CPU)
+    for step in range(2):
+        metrics = built.cohort.step(step, built.batches.at(step))
+    built.cohort.raise_failure()
+    assert {f"{e.student}/from_{e.teacher}" for e in run.distillation} <= metrics.keys()
+    assert all(torch.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_final_members_load_with_transformers_and_give_the_same_logits(family, text, tmp_path):
+    run = small_run("standalone", text, "steps=2", f"members.large.model.family={family}")
+    out = train(run, tmp_path / "run") / "members" / "large"
+    model, report = AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    inputs = tokenizer("the cat sat on [MASK] old garden", return_tensors="pt")
+    logits = model.eval()(**inputs).logits
+    built = build(replace(run, precision="float32"), CPU)
+    from codistill import checkpoint
+
+    trained = {m.name: checkpoint.Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained}
+    checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints"), trained)
+    predictor = built.cohort.members["large"].predictor.eval()
+    features = predictor(dict(inputs), torch.arange(inputs["input_ids"].numel()))
+    expected = features @ predictor.output_weight.T + predictor.output_bias
+    torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_results_and_metrics_say_what_happened(text, teacher, tmp_path):
+    out = train(with_teachers("dwt", text, teacher), tmp_path / "run")
+    results = json.loads((out / "results.json").read_text())
+    assert results["members"]["large"]["taught_by"] == ["weak"]
+    assert results["members"]["weak"]["frozen"]
+    assert results["tokens"] == 20 * 8 * 32
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out" not in line] == [5, 10, 15, 20]
+    assert [line["step"] for line in lines if "held_out" in line] == [10, 20]
+    assert lines[-1]["held_out"]["large"]["loss"] == results["members"]["large"]["loss"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGINT, 75)])
+def test_a_signal_saves_and_says_how_to_go_on(number, status, text, tmp_path):
+    run = small_run("standalone", text, "steps=100000", "checkpoint.every=100000")
+    (tmp_path / "long.yaml").write_text(to_yaml(run))
+    command = ["-c", "from codistill.cli import main; main()", "train", str(tmp_path / "long.yaml")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(
+        [sys.executable, *command, "--out", str(tmp_path / "run")], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert f"to go on: codistill train {tmp_path / 'run' / 'run.yaml'} --resume" in output
+    assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+# ---- what is wrong -----------------------------------------------------------------------------
+
+
+def refused(message: str, run, out: Path, **kwargs) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        train(run, out, **kwargs)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_folder_is_not_taken_by_accident(text, tmp_path):
+    run = small_run("standalone", text, "steps=2")
+    out = train(run, tmp_path / "run")
+    refused("holds a finished run; --resume continues it, --fresh replaces it", run, out)
+    refused("holds another run: seed was 0 and is now 1", replace(run, seed=1), out, resume=True)
+    refused("holds no run to resume", run, tmp_path / "nothing", resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    refused("is no run folder", run, tmp_path / "mine", fresh=True)
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    train(run, out, fresh=True)
+
+
+def test_changed_text_is_noticed(text, tmp_path):
+    file = tmp_path / "prose.txt"
+    file.write_text(text.read_text())
+    run = small_run("standalone", file, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    file.write_text(text.read_text() + " and more")
+    recorded = load(read_run(tmp_path / "run" / "run.yaml"))
+    refused(r"provenance.data: the run was made with .*bring the old files back", recorded, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    refused(r"provenance.data: the run was made with", run, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["data.train=[]"], "^data.train: no text is named"),
+        (["data.validation=[]"], "^data.validation: no text is named"),
+        (["data.tokenizer=null"], "^data.tokenizer: none is named and no member is pre-trained"),
+        (["data.train=[nowhere.txt]"], "nowhere.txt"),
+        (["batch.sequences=100000"], "the text is too short"),
+        (["data.length=100000"], "the text is too short"),
+    ],
+)
+def test_unusable_text_is_refused(changes, message, text, tmp_path):
+    refused(message, small_run("standalone", text, "batch={sequences: 8}", *changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
+    def with_path(path: Path, *more: str):
+        return small_run("dwt", text, f"members.weak.path={path}", *more)
+
+    refused("members.weak.path: .* is no model folder", with_path(tmp_path / "none"), tmp_path / "run")
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
+    refused("is of the family 'gpt2'; supported are bert, modernbert", with_path(tmp_path / "gpt"), tmp_path / "run")
+    (tmp_path / "gpt" / "config.json").write_text("{")
+    refused("members.weak.path: .* cannot be loaded", with_path(tmp_path / "gpt"), tmp_path / "run")
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in teacher.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[:-100])
+    refused("the weights in .* cannot be read", with_path(copy, "data.tokenizer=null"), tmp_path / "run")
+    other = with_path(teacher, "data.tokenizer='train:wordpiece:200'")
+    refused(r"has another tokenizer than the run's .*is id .* in the one and", other, tmp_path / "run")
+    longer = with_path(teacher, "data.tokenizer=null", "data.length=600", "batch.sequences=2", "batch.accumulate=1")
+    refused("data.length: 600 is more than the 512 positions of members.weak", longer, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_is_one_line_and_no_finished_folder(text, tmp_path, monkeypatch):
+    from codistill import checkpoint
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(MachineError, match="No space left on device; free some space and resume"):
+        train(small_run("standalone", text), tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
