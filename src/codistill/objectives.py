@@ -127,6 +127,7 @@ def _word_starts(ids_BT: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
 
 def _shown(labels_BK: np.ndarray, noise_BK: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
     """What stands in the input instead of the labels: 80 % [MASK], 10 % any ordinary token, 10 % the label."""
+    assert vocabulary.mask is not None
     tenth_BK = fraction_below(noise_BK, 10)
     other_BK = vocabulary.ordinary[fraction_below(noise_BK << np.uint64(32), vocabulary.ordinary.size)]
-    return np.select([tenth_BK < 8, tenth_BK == 8], [np.int64(vocabulary.mask), other_BK], labels_BK)
+    return np.where(tenth_BK < 8, vocabulary.mask, np.where(tenth_BK == 8, other_BK, labels_BK))

@@ -68,7 +68,7 @@ class Batches:
             raise UserError(f"data.train: the text is too short, {held} for a batch of {sequences}; give more text")
         self.order_keys = np.array([seed_of(seed, "order", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mask_keys = np.array([seed_of(seed, "mask", part) for part in range(len(mixture))], dtype=np.uint64)
-        self.mixture_key = np.uint64(seed_of(seed, "mixture"))
+        self.mixture_key = seed_of(seed, "mixture")
 
     @property
     def rows_per_epoch(self) -> int:

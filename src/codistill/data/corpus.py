@@ -6,6 +6,7 @@ Shape suffix: V vocabulary.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,9 +111,8 @@ def read_manifest(folder: Path) -> dict:
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}; prepare the text again")
     except OSError as error:
-        raise UserError(
-            f"corpus {folder}: no readable manifest.json ({error.strerror}); it is no prepared text"
-        ) from error
+        what = f"no readable manifest.json ({error.strerror}), so it is no prepared text"
+        raise UserError(f"corpus {folder}: {what}; make it with codistill prepare") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({error}); prepare the text again") from error
     return manifest
@@ -124,7 +124,7 @@ def remember_verified(folder: Path, manifest: dict) -> None:
         write_atomically(folder / ".verified", json.dumps(_stamps(folder, manifest)).encode())
 
 
-def count_ids(shards: list[np.ndarray], vocabulary: int) -> np.ndarray:
+def count_ids(shards: Sequence[np.ndarray], vocabulary: int) -> np.ndarray:
     """How often each id occurs: int64 (V,)."""
     counts_V = np.zeros(vocabulary, dtype=np.int64)
     for tokens in shards:
@@ -169,12 +169,12 @@ def _verified_before(folder: Path, manifest: dict) -> bool:
 def _verify(folder: Path, manifest: dict) -> None:
     for name, (_, digest) in _files(manifest).items():
         if hash_file(folder / name) != digest:
-            raise UserError(
-                f"{folder / name}: its SHA-256 is not the manifest's; it is damaged, prepare the text again"
-            )
+            what = "its SHA-256 is not the manifest's, so it is damaged"
+            raise UserError(f"{folder / name}: {what}; prepare the text again")
     vocabulary = manifest["tokenizer"]["vocabulary"]
-    for shard in Corpus(folder, manifest).shards:
+    for number, shard in enumerate(Corpus(folder, manifest).shards):
         for start in range(0, len(shard), _CHUNK):
             largest = int(shard[start : start + _CHUNK].max())
             if largest >= vocabulary:
-                raise UserError(f"{shard.filename}: holds the id {largest}, the vocabulary has {vocabulary}")
+                path = folder / shard_files(number)[0]
+                raise UserError(f"{path}: holds the id {largest}, but the vocabulary has {vocabulary} entries")

@@ -200,6 +200,12 @@ class _Watched(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def close(self) -> None:
+        if not self.closed:
+            self.stream.close()
+            self.counted.close()
+        super().close()
+
     def readinto(self, buffer) -> int:
         try:
             data = self.stream.read(len(buffer))
@@ -220,7 +226,7 @@ def _opened(source: Source, reading: Reading) -> IO[bytes]:
     return io.BufferedReader(_Watched(stream, plain, source, reading), 1 << 18)
 
 
-def _decompressed(plain: IO[bytes], suffix: str) -> IO[bytes]:
+def _decompressed(plain: IO[bytes], suffix: str):
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=plain)
     if suffix == ".zst":

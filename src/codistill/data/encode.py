@@ -117,19 +117,22 @@ class _Worker:
             stdout=subprocess.PIPE,
             env=os.environ | alone,
         )
+        assert self.process.stdin
+        assert self.process.stdout
+        self.input, self.output = self.process.stdin, self.process.stdout
         self._send((serialised, separator))
 
     def encode(self, block: list[Fragment]) -> Block:
         self._send([tuple(fragment) for fragment in block])
         try:
-            return Block(*pickle.load(self.process.stdout))
+            return Block(*pickle.load(self.output))
         except (EOFError, pickle.UnpicklingError) as error:
             raise MachineError(f"prepare: a worker process died (exit status {self.process.wait()})") from error
 
     def _send(self, message: object) -> None:
         try:
-            pickle.dump(message, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-            self.process.stdin.flush()
+            pickle.dump(message, self.input, protocol=pickle.HIGHEST_PROTOCOL)
+            self.input.flush()
         except BrokenPipeError as error:
             raise MachineError(f"prepare: a worker process died (exit status {self.process.wait()})") from error
 
@@ -139,8 +142,8 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.input.close()
+        self.output.close()
 
 
 def serve() -> None:

@@ -66,7 +66,7 @@ class Padded:
         lengths_R = np.empty(row_R.size, dtype=np.int64)
         for shard, here in _by_shard(self.firsts, row_R):
             ids_RT[here, self.starts :], lengths_R[here] = self._units(shard, row_R[here] - self.firsts[shard])
-        if self.starts:
+        if self.vocabulary.start is not None:
             ids_RT[:, 0] = self.vocabulary.start
         return Rows(ids_RT, lengths_R + self.starts)
 
@@ -81,7 +81,8 @@ class Padded:
         tokens = self.corpus.shards[shard]
         ids_RT = tokens[np.minimum(start_R[:, None] + offset_T, len(tokens) - 1)].astype(np.int64)
         ids_RT[np.arange(unit_R.size), taken_R - 1] = self.vocabulary.separator
-        return np.where(inside_RT, ids_RT, self.vocabulary.pad), taken_R
+        ids_RT[~inside_RT] = self.vocabulary.pad
+        return ids_RT, taken_R
 
 
 def _by_shard(firsts: np.ndarray, row_R: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -35,7 +35,7 @@ class Shard:
 
 def shard_files(number: int) -> tuple[str, str, str]:
     """The names of the files of a shard: tokens, units, documents."""
-    return tuple(f"{kind}-{number:05d}.bin" for kind in ("tokens", "units", "documents"))
+    return (f"tokens-{number:05d}.bin", f"units-{number:05d}.bin", f"documents-{number:05d}.bin")
 
 
 @contextmanager

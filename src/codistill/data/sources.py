@@ -107,8 +107,9 @@ def _format(path: Path) -> str | None:
 
 def _hash_once(path: Path, memory: Path) -> str:
     state = os.stat(path)
-    stamp = [str(path.resolve()), state.st_size, state.st_mtime_ns]
-    kept = memory / (hashlib.sha256(stamp[0].encode()).hexdigest() + ".json")
+    name = str(path.resolve())
+    stamp = [name, state.st_size, state.st_mtime_ns]
+    kept = memory / (hashlib.sha256(name.encode()).hexdigest() + ".json")
     try:
         known = json.loads(kept.read_text())
         if known["stamp"] == stamp:

@@ -47,7 +47,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
 
 def train_tokenizer(kind: str, size: int, texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer of at most `size` entries trained on `texts`: `kind` is "wordpiece" (BERT's uncased rules) or "bpe"
-    (byte level). Equal texts give equal tokenizers, in every process. UserError for an unknown kind or too small a size.
+    (byte level). Equal texts give equal tokenizers, in every process. UserError for an unknown kind or a small size.
     """
     trainers = {"wordpiece": _train_wordpiece, "bpe": _train_bpe}
     if kind not in trainers:
@@ -145,7 +145,7 @@ def _first(*ids: int | None) -> int | None:
 
 
 def _continuations(ids: dict[str, int], size: int) -> np.ndarray:
-    """Which tokens go on with a word: "##…" in WordPiece; where words are marked at their start ("Ġ", "▁"), all others."""
+    """Which tokens go on with a word: "##…" in WordPiece; where words are marked at their start (Ġ, ▁), all others."""
     marked = {token[0] for token in ids if token[:1] in "Ġ▁"}
     pieces = any(token.startswith("##") and len(token) > 2 for token in ids)
     continues_V = np.zeros(size, dtype=bool)
@@ -157,14 +157,14 @@ def _continuations(ids: dict[str, int], size: int) -> np.ndarray:
 
 
 def _pretrained(spec: str) -> PreTrainedTokenizerFast:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"tokenizer {spec}: no vocabulary file, tokenizer folder or hub name ({reason})") from error
-    if not getattr(tokenizer, "is_fast", False):
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {spec}: it has no fast version (tokenizer.json)")
     return tokenizer
 
