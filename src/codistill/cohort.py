@@ -117,7 +117,7 @@ class Cohort:
     def _features(self, member: Member, batch: Batch, step: int, micro_batch: int) -> Tensor:
         """(N, D) features of the predicted rows; the noise is a function of (seed, step, micro-batch, rank, name)."""
         if member.is_trained:
-            torch.manual_seed(seed_of(self.seed, "noise", step, micro_batch, self.rank, member.noise_key))
+            _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.rank, member.noise_key))
         with torch.set_grad_enabled(member.is_trained), self._autocast():
             return member.predictor(batch.inputs, batch.rows_N)
 
@@ -180,6 +180,14 @@ class Failure:
                 f"step {step}: the loss or gradient of {' and '.join(broken)} was not finite, so no parameter was "
                 "changed in that step or since; lower `lr` or an edge's weight, or use precision: float32"
             )
+
+
+def _seed_noise(device: torch.device, seed: int) -> None:
+    # `torch.manual_seed` would also format a stack trace for every kind of device that is not there, each time.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
 
 
 def _step_optimizer(member: Member, lr: float, suppressed: Tensor) -> None:

@@ -40,7 +40,7 @@ TINY = Size(
         length=64,
     ),
     batch=BatchSize(sequences=64),
-    steps=1500,
+    steps=1000,
     lr={"warmup_linear": [3e-3, 0.05]},
     checkpoint=Checkpointing(every=500),
     evaluate=Evaluation(every=250, sequences=1024),

@@ -1,0 +1,62 @@
+"""The house in order: imports point one way, and files and functions stay short."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src" / "codistill"
+# Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor, or itself.
+FLOORS = [
+    {"errors", "seeds", "progress"},
+    {"schedules", "divergences", "data", "checkpoint"},
+    {"config"},
+    {"loading"},
+    {"objectives", "recipes", "kernels"},
+    {"members"},
+    {"cohort", "scores"},
+    {"build"},
+    {"train"},
+    {"report"},
+    {"cli"},
+]
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(file: Path) -> str:
+    return file.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("codistill"):
+            parts = (node.module or "").split(".")
+            names |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("codistill.")}
+    return names
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name != "__init__.py" or f.parent != SOURCE], ids=str)
+def test_imports_point_one_way(file):
+    room = room_of(file)
+    for other in imported_rooms(file) - {room}:
+        assert FLOOR[other] < FLOOR[room], f"{file.name} ({room}) must not import {other}"
+
+
+def test_no_import_is_relative():
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: write imports from codistill"
+
+
+def test_files_and_functions_are_short():
+    for file in FILES:
+        text = file.read_text()
+        assert text.count("\n") <= 350, f"{file} has more than 350 lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{file}: {node.name} has more than 60 lines"

@@ -1,0 +1,78 @@
+"""The command line: what it prints, its exit status, and that it answers without importing torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codistill.cli import main
+from codistill.loading import load, parse_yaml
+from codistill.recipes import RECIPES, find
+
+ROOT = Path(__file__).parents[1]
+
+
+def status(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return stopped.value.code
+
+
+def test_show_prints_what_train_accepts(capsys):
+    main(["show", "ctcd:small", "--set", "seed=3"])
+    assert load(parse_yaml(capsys.readouterr().out, "test")).seed == 3
+
+
+def test_recipes_are_listed_with_a_line_each(capsys):
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[: len(RECIPES)]] == list(RECIPES)
+    assert all(len(line) < 140 and line.rstrip()[-1] in ".?):" for line in lines[: len(RECIPES)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "cctd"], "there is no recipe or file 'cctd' (did you mean ctcd?)"),
+        (["train", "ctcd", "--set", "step=3"], "step: there is no such setting (did you mean steps?)"),
+        (["train", "ctcd", "--set", "steps"], "--set steps: write KEY=VALUE, as in --set steps=100"),
+        (["train", "ctcd", "--resume", "--fresh"], "--resume and --fresh exclude each other"),
+        (["train", "dwt"], "make it with `codistill train standalone:tiny --set"),
+        (["train", "none.yaml"], "none.yaml cannot be read as a configuration"),
+        (["train", "ctcd", "--sett", "a=1"], "Unknown option: --sett"),
+        (["trian", "ctcd"], 'Unknown command "trian"'),
+        (["train"], "requires an argument"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_status_2(arguments, message, capsys):
+    assert status(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["recipes"], ["show", "ctcd"], ["train", "--help"], ["train", "ctcd", "--set", "x=1"]]
+)
+def test_answers_that_need_no_torch_import_none(arguments):
+    program = (
+        "import sys; from codistill.cli import main\n"
+        f"try: main({arguments!r})\nexcept SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules), sorted(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, env={"PYTHONPATH": str(ROOT / "src")}
+    )
+
+
+def test_the_generated_help_is_current():
+    subprocess.run([sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"], check=True)
+
+
+def test_every_recipe_in_the_concepts_exists():
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    named = {cell for line in text.splitlines() if line.startswith("|") for cell in line.split("`")[1::2]}
+    assert set(RECIPES) - {"quickstart"} <= named
+    assert find("quickstart").recipe == "quickstart:tiny"
