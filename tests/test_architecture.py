@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "codistill"
-# Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor, or itself.
+# Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor.
 FLOORS = [
     {"errors", "seeds", "progress"},
     {"schedules", "divergences", "data", "checkpoint"},

@@ -263,7 +263,7 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
         (copy / file.name).write_bytes(file.read_bytes())
     (copy / "model.safetensors").write_bytes((teacher / "model.safetensors").read_bytes()[:-100])
     refused("the weights in .* cannot be read", with_path(copy, "data.tokenizer=null"), tmp_path / "run")
-    other = with_path(teacher, "data.tokenizer='train:wordpiece:60'")
+    other = with_path(teacher, "data.tokenizer='train:bpe:300'")
     refused(r"has another tokenizer than the run's .*is id .* in the one and", other, tmp_path / "run")
     longer = with_path(teacher, "data.tokenizer=null", "data.length=600", "batch.sequences=2", "batch.accumulate=1")
     refused("data.length: 600 is more than the 512 positions of members.weak", longer, tmp_path / "run")

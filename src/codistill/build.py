@@ -17,12 +17,12 @@ from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import MemberConfig, Run
 from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
-from codistill.data.prepare import Progress, cached
+from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, MaskedLM
-from codistill.progress import shown
+from codistill.progress import preparing
 from codistill.scores import unigram_cross_entropy
 
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
@@ -79,10 +79,14 @@ def build(run: Run, device: torch.device) -> Built:
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
-    """`run.precision` with `auto` resolved to what `device` is good at."""
+    """`run.precision` with `auto` resolved to what `device` is good at: bfloat16 where it has instructions for it."""
     if run.precision != "auto":
         return run.precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -98,11 +102,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str) -> Corpus:
-    with shown(f"preparing {field}, MB", 0) as advance:
-
-        def progress(state: Progress) -> None:
-            advance(state.done_bytes // 2**20, f"{state.tokens_per_second:,.0f} tokens/s", state.total_bytes // 2**20)
-
+    with preparing(f"preparing {field}") as progress:
         return cached(sources, tokenizer, progress=progress)
 
 

@@ -6,7 +6,7 @@ Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -77,10 +77,49 @@ def show(source: Source, /, *, set_: Settings = None) -> None:
     print(to_yaml(_resolve(source, set_ or [])), end="")
 
 
+@app.command
+def prepare(
+    sources: Annotated[list[str], Parameter(help="Files, folders or globs of .txt, .jsonl(.gz|.zst) and .parquet.")],
+    /,
+    *,
+    tokenizer: Annotated[str, Parameter(help="A folder, a hub name, a vocab.txt, or train:wordpiece:30522.")],
+    out: Annotated[Path, Parameter(help="The folder to write; it appears whole or not at all.")],
+    column: Annotated[str, Parameter(help="The column or key that holds the text.")] = "text",
+    unit: Annotated[
+        Literal["document", "paragraph", "sentence"], Parameter(help="What is kept or left out.")
+    ] = "document",
+    keep_every: Annotated[int, Parameter(help="Keep one unit of every so many (the DWT paper: 4 sentences).")] = 1,
+    held_out: Annotated[float, Parameter(help="The share of documents that goes to DIR/held_out instead.")] = 0.0,
+    bad_utf8: Annotated[Literal["refuse", "replace"], Parameter(help="What to do with broken UTF-8.")] = "refuse",
+    processes: Annotated[int | None, Parameter(help="By default one per core; changes no byte.")] = None,
+) -> None:
+    """Turn text into a folder of tokens that `data.train` and `data.validation` take.
+
+    Example: codistill prepare corpus/ --tokenizer train:wordpiece:30522 --held-out 0.01 --out corpus-tokens
+    """
+    from codistill.data.prepare import prepare as prepare_corpus
+    from codistill.progress import preparing
+
+    with preparing("preparing") as progress:
+        corpus = prepare_corpus(
+            sources,
+            tokenizer,
+            out,
+            column=column,
+            unit=unit,
+            keep_every=keep_every,
+            held_out=held_out,
+            bad_utf8=bad_utf8,
+            processes=processes,
+            progress=progress,
+        )
+    _out.print(f"{out}: {corpus.num_tokens:,} tokens of {corpus.num_documents:,} documents", markup=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `codistill` command; exits with the status given in this module's docstring."""
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, UserError) as error:
         _fail(str(error), 2)
     except MachineError as error:

@@ -28,7 +28,6 @@ from codistill.config import ModelConfig
 from codistill.errors import UserError
 from codistill.seeds import seed_of
 
-
 # Models here load and save in a moment, beside a progress bar of our own.
 transformers_logging.disable_progress_bar()
 

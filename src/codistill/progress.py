@@ -1,7 +1,7 @@
 """Progress that a person can read: a bar with time left on a terminal, a line now and then elsewhere."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -44,6 +44,28 @@ def shown(what: str, total: int, console: Console | None = None) -> Iterator[Adv
             progress.update(task, completed=done, total=total, note=note or progress.tasks[task].fields["note"])
 
         yield advance
+
+
+class Reading(Protocol):
+    """How far reading has come: bytes done and in all, and the rate (`codistill.data.prepare.Progress` is one)."""
+
+    @property
+    def done_bytes(self) -> int: ...
+    @property
+    def total_bytes(self) -> int: ...
+    @property
+    def tokens_per_second(self) -> float: ...
+
+
+@contextmanager
+def preparing(what: str) -> Iterator[Callable[[Reading], None]]:
+    """A bar in megabytes read, for the text that is turned into tokens."""
+    with shown(f"{what}, MB", 0) as advance:
+
+        def progress(state: Reading) -> None:
+            advance(state.done_bytes // 2**20, f"{state.tokens_per_second:,.0f} tokens/s", state.total_bytes // 2**20)
+
+        yield progress
 
 
 def _lines(what: str, known: int, console: Console) -> Advance:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); a twin is its original, dashed.
@@ -23,16 +24,17 @@ def results_table(folder: Path) -> Table:
     twins = {member["twin_of"]: name for name, member in members.items() if member["twin_of"]}
     unigram = results["held_out"]["unigram_loss"]
     table = Table(
+        box=SIMPLE,
         title=f"Held-out masked-LM scores over {results['held_out']['rows']:,} masked tokens (a single run)",
-        caption=f"unigram cross-entropy of the same tokens: {unigram:.3f} nats; "
-        f"{results['tokens']:,} training tokens, {results['seconds']:.0f} s",
+        caption=f"loss in nats; unigram cross-entropy of the same tokens: {unigram:.3f}\n"
+        + ("vs. twin: its loss less that of the same model trained alone\n" if twins else "")
+        + f"{results['tokens']:,} training tokens in {results['seconds']:.0f} s",
     )
-    table.add_column("member")
-    table.add_column("taught by")
-    for column in ("parameters", "loss (nats)", "perplexity", "accuracy"):
-        table.add_column(column, justify="right")
-    if twins:
-        table.add_column("loss − its twin's", justify="right")
+    table.add_column("member", no_wrap=True)
+    table.add_column("taught by", no_wrap=True)
+    columns = ["params", "loss", "perplexity", "accuracy", *(["vs. twin"] if twins else [])]
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for name, member in members.items():
         table.add_row(*_row(name, member, members.get(twins.get(name, "")), bool(twins)))
     return table
@@ -59,7 +61,7 @@ def draw_curves(folder: Path) -> Path | None:
         axes.plot(*zip(*points, strict=True), color=colour, linestyle="--" if original else "-", label=label)
     unigram = results["held_out"]["unigram_loss"]
     axes.axhline(unigram, color="0.6", linewidth=0.8)
-    axes.annotate("unigram", (0, unigram), color="0.4", fontsize=8, va="bottom")
+    axes.text(0.99, unigram, "unigram", transform=axes.get_yaxis_transform(), color="0.4", fontsize=8, ha="right")
     axes.set(xlabel="training tokens (millions)", ylabel="held-out masked-LM loss (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
@@ -73,7 +75,7 @@ def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[st
     row = [
         name,
         "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody",
-        f"{member['parameters']:,}",
+        f"{member['parameters'] / 1e6:.2f} M",
         f"{member['loss']:.3f}",
         f"{math.exp(member['loss']):.1f}",
         f"{member['accuracy']:.1%}",

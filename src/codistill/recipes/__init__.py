@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from codistill.config import DistillationConfig, Evaluation, MemberConfig, ModelConfig, Run
+from codistill.config import BatchSize, DistillationConfig, Evaluation, MemberConfig, ModelConfig, Run
 from codistill.errors import UserError
 from codistill.recipes.sizes import SIZES, Size
 from codistill.schedules import Spec
@@ -108,15 +108,10 @@ def community(size: str) -> Run:
 def quickstart(size: str) -> Run:
     """CTCD beside a stand-alone twin of each model, on the same batches: does teaching one another help?"""
     run = ctcd(size)
-    if size == "tiny":
-        run = replace(run, steps=_QUICKSTART_STEPS, evaluate=Evaluation(every=_QUICKSTART_STEPS // 10, sequences=512))
-        layers = {"large": 4, "small": 2}
-        run = replace(run, members={n: replace(m, model=_model("tiny", layers[n])) for n, m in run.members.items()})
+    run = _shortened(run) if size == "tiny" else run
     twins = {f"{name}-alone": replace(member, twin_of=name) for name, member in run.members.items()}
     return replace(run, members=run.members | twins)
 
-
-_QUICKSTART_STEPS = 500
 
 RECIPES: Mapping[str, Callable[[str], Run]] = {
     "quickstart": quickstart,
@@ -131,6 +126,18 @@ RECIPES: Mapping[str, Callable[[str], Run]] = {
     "inherit": inherit,
     "community": community,
 }
+
+
+def _shortened(run: Run) -> Run:
+    """`run` cut to what two cores do in about three minutes, twins included, on the two megabytes of built-in text."""
+    layers = {"large": 4, "small": 2}
+    return replace(
+        run,
+        members={name: replace(member, model=_model("tiny", layers[name])) for name, member in run.members.items()},
+        steps=400,
+        batch=BatchSize(sequences=32),
+        evaluate=Evaluation(every=50, sequences=512),
+    )
 
 
 # ---- their parts -------------------------------------------------------------------------------
