@@ -3,8 +3,8 @@
 Shape suffixes: N predicted rows, C rows of one chunk, D width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -28,11 +28,9 @@ class Head:
         chunk_rows: int,
         wants: tuple[bool, bool, bool],
     ):
-        low = _autocast_dtype(hidden_ND) == torch.bfloat16
         device = hidden_ND.device
         self.dtype = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
-        self.operand = torch.bfloat16 if low and device.type == "cuda" else self.dtype
-        self.precision = _bfloat16_products if low and device.type == "cpu" else nullcontext
+        self.operand, self.precision = _products(hidden_ND)
         self.vocabulary, self.trained = vocabulary, any(wants)
         self.hidden_ND, self.weight_VD = hidden_ND.detach(), weight_VD.detach()
         self.bias_V = None if bias_V is None else bias_V.detach()[:vocabulary].to(self.dtype)
@@ -82,18 +80,23 @@ def _leading(vocabulary: int) -> int:
     return (-(-vocabulary // 16) | 1) * 16
 
 
-def _autocast_dtype(hidden: Tensor) -> torch.dtype:
+def _products(hidden: Tensor) -> tuple[torch.dtype, Callable[[], AbstractContextManager]]:
+    """(the type of the operands, the context of a product): as autocast or the features' type wants them."""
     device = hidden.device.type
-    wide = hidden.dtype == torch.float64  # which autocast leaves alone
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and not wide else hidden.dtype
+    if hidden.dtype == torch.float64:  # which autocast leaves alone
+        return torch.float64, nullcontext
+    wanted = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if wanted != torch.bfloat16:
+        return torch.float32, nullcontext
+    return (torch.bfloat16, nullcontext) if device == "cuda" else (torch.float32, _may_round_to_bfloat16)
 
 
 @contextmanager
-def _bfloat16_products() -> Iterator[None]:
-    """Products of float32 tensors that round their operands to bfloat16 and nothing else.
+def _may_round_to_bfloat16() -> Iterator[None]:
+    """Products of float32 tensors that may round their operands to bfloat16, and round nothing else.
 
-    PyTorch has no CPU product from bfloat16 operands to a float32 result; oneDNN has, behind this switch. A CPU
-    without bfloat16 instructions ignores it and multiplies in float32.
+    PyTorch has no CPU product from bfloat16 operands to a float32 result. oneDNN has one, behind this switch,
+    where the CPU has matrix units (AMX); elsewhere the switch selects its float32 product, the faster of PyTorch's two.
     """
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"

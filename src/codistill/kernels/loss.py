@@ -44,7 +44,7 @@ def linear_cohort_loss(
     """The cohort's loss on N predicted rows, with gradients to each trained member's features, weight and bias.
 
         z_m = hidden_m weight_mᵀ + bias_m
-        total = Σ_i r_i [ Σ_m h_m · CE(z_m, y)_i + Σ_e w_e · divergence_e(z_student, z_teacher detached)_i ] ÷ denominator
+        total = Σ_i r_i [Σ_m h_m CE(z_m, y)_i + Σ_e w_e divergence_e(z_student, z_teacher detached)_i] ÷ denominator
 
     `hidden[m]` (N, D_m), `weight[m]` (at least V, D_m), `bias[m]` (as many, or None), `labels` y (N,) int64,
     `row_weight` r (N,), `hard_weight[m]` h. `vocabulary` V says how many rows of the weights are tokens: rows added
@@ -58,6 +58,8 @@ def linear_cohort_loss(
     round as `torch.nn.functional.linear` would, to the features' type or autocast's, except that logits and sums are
     float32. Raises UserError for what cannot be computed as asked.
     """
+    if chunk_rows is not None and chunk_rows < 1:
+        raise UserError(f"chunk_rows: {chunk_rows}; wanted at least 1, or None for the default")
     problem = checked(hidden, weight, bias, labels, hard_weight, edges, row_weight, denominator, vocabulary)
     impl = _chosen(impl, problem)
     if impl == "reference":

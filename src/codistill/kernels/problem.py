@@ -66,11 +66,11 @@ def checked(
 ) -> Problem:
     """The problem, or UserError naming the first thing that is wrong with it."""
     _check_members(hidden, weight, hard_weight)
-    if len({tensor.dtype == torch.float64 for tensor in hidden.values()}) > 1:
-        raise UserError(f"hidden: {_types(hidden)}; float64 members and others cannot be mixed")
     for member in hidden:
         _check_shapes(member, hidden[member], weight[member], bias.get(member), len(labels))
         _check_weight(f"hard_weight of {member!r}", hard_weight[member])
+    if len({tensor.dtype == torch.float64 for tensor in hidden.values()}) > 1:
+        raise UserError(f"hidden: {_types(hidden)}; float64 members and others cannot be mixed")
     for edge in edges:
         _check_edge(edge, hidden)
     rows = _vocabulary(weight, vocabulary)

@@ -1,0 +1,150 @@
+"""What the vocabulary loss refuses, which implementation it takes, and how much memory it may hold."""
+
+import itertools
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from codistill.divergences import forward_kl
+from codistill.errors import UserError
+from codistill.kernels import Edge, linear_cohort_loss
+from codistill.kernels.loss import _chosen
+from codistill.kernels.problem import check_labels, checked
+from cohort_cases import make
+
+BOTH_WAYS = [Edge("ann", "bob"), Edge("bob", "ann", 0.5, 2.0, "reverse_kl")]
+
+
+def peak_bytes(work) -> int:
+    """The most bytes of tensors that lived at once while `work` ran, beyond those that lived before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+        work()
+    sizes = [event.nbytes() for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
+def test_peak_memory_does_not_depend_on_the_rows():
+    """Beyond the features' gradient, which is the result, and a few numbers a row."""
+    vocabulary, chunk = 3000, 64
+
+    def peak(rows: int) -> int:
+        case = make(rows=rows, vocabulary=vocabulary, edges=BOTH_WAYS).to(torch.float32)
+        found = peak_bytes(lambda: case.loss(impl="chunked", chunk_rows=chunk).total.backward())
+        return found - sum(hidden.nbytes for hidden in case.hidden.values())
+
+    few, many = peak(4 * chunk), peak(40 * chunk)
+    assert many - few <= 36 * chunk * 64
+    assert many < 40 * chunk * vocabulary * 4, "one tensor of rows × vocabulary"
+
+
+def test_one_logits_buffer_a_member():
+    """Two members' peak is their gradients, one chunk of logits each, and less than a chunk of scratch."""
+    case = make(rows=2048, vocabulary=20000, edges=BOTH_WAYS).to(torch.float32)
+    chunk = 256 * 20000 * 4
+    assert peak_bytes(lambda: case.loss(impl="chunked", chunk_rows=256).total.backward()) < 3 * chunk
+
+
+def edge(**changes) -> list[Edge]:
+    return [Edge("ann", "bob")._replace(**changes)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": torch.tensor([0, 11, 1, 2, 3, 4, 5])}, "labels: 11 is outside the vocabulary of 11"),
+        ({"labels": torch.tensor([0, -100, 1, 2, 3, 4, 5])}, "labels: -100 is outside the vocabulary of 11"),
+        ({"labels": torch.zeros(7)}, r"labels: torch.float32 of shape \(7,\); wanted int64"),
+        ({"labels": torch.zeros(6, dtype=torch.int64)}, "member 'ann': 7 rows of features for 6 labels"),
+        ({"row_weight": torch.ones(6)}, r"row_weight: shape \(6,\) for 7 rows"),
+        ({"hard_weight": {"ann": 1.0}}, r"hard_weight: members \['ann'\], but hidden has \['ann', 'bob'\]"),
+        ({"hard_weight": {"ann": float("nan"), "bob": 1}}, "hard_weight of 'ann': nan; wanted a finite number"),
+        ({"edges": edge(student="ann")}, "edge 'ann' -> 'ann': a member cannot teach itself"),
+        ({"edges": edge(teacher="eve")}, "edge 'eve' -> 'bob': no member 'eve'; members are ann, bob"),
+        ({"edges": edge(weight=float("inf"))}, "weight of edge 'ann' -> 'bob': inf; wanted a finite number"),
+        ({"edges": edge(weight=torch.tensor(float("nan")))}, "weight of edge 'ann' -> 'bob': nan"),
+        ({"edges": edge(weight=torch.ones(2))}, r"a tensor of shape \(2,\); wanted a number or a 0-d tensor"),
+        ({"edges": edge(temperature=0.0)}, "temperature 0.0; wanted a finite number above 0"),
+        ({"edges": edge(divergence="kl")}, "unknown divergence 'kl'; known are forward_kl, reverse_kl"),
+        ({"vocabulary": 12}, "vocabulary: 12, but 'ann' has 11 rows; it cannot be padded"),
+        ({"vocabulary": 0}, "vocabulary: 0"),
+        ({"impl": "fast"}, "impl: 'fast' is not one of reference, chunked, triton"),
+        ({"impl": "chunked", "edges": edge(divergence=forward_kl)}, "impl: 'chunked' does not know the divergence"),
+        ({"hidden": {}, "weight": {}}, "hidden: no members"),
+        ({"weight": {"ann": torch.zeros(11, 5)}}, r"weight: members \['ann'\]"),
+        ({"weight": {"ann": torch.zeros(11, 4), "bob": torch.zeros(11, 3)}}, r"\(7, 5\) and weight \(11, 4\) do not"),
+        ({"weight": {"ann": torch.zeros(16, 5), "bob": torch.zeros(11, 3)}, "bias": {}}, "'ann' has 16 rows, 'bob'"),
+        ({"bias": {"ann": torch.zeros(12)}}, r"member 'ann': bias \(12,\) for weight \(11, 5\)"),
+        ({"hidden": {"ann": torch.zeros(7, 5), "bob": torch.zeros(7, 3).double()}}, "float64 members and others"),
+        ({"chunk_rows": 0}, "chunk_rows: 0; wanted at least 1"),
+    ],
+)
+def test_bad_input(change, message):
+    case = make(edges=BOTH_WAYS)
+    arguments = vars(case) | change
+    with pytest.raises(UserError, match=message):
+        linear_cohort_loss(**arguments)
+
+
+def test_an_int_is_no_features():
+    case = make()
+    case.hidden["ann"] = case.hidden["ann"].long()
+    with pytest.raises(UserError, match=r"member 'ann': torch.int64 features"):
+        case.loss()
+
+
+def test_labels_on_a_device_are_not_looked_at():
+    check_labels(torch.zeros(5, dtype=torch.int64, device="meta"), 3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a CUDA device")
+def test_triton_needs_its_device(monkeypatch):
+    monkeypatch.setattr("codistill.kernels.loss._interpreted", lambda: False)
+    with pytest.raises(UserError, match="impl: 'triton' needs a CUDA device and the package triton, not cpu"):
+        make().loss(impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("device", "triton", "divergence", "expected"),
+    [
+        ("cpu", True, "forward_kl", "chunked"),
+        ("meta", True, "forward_kl", "chunked"),
+        ("cpu", False, forward_kl, "reference"),
+        ("cuda", True, "forward_kl", "triton"),
+        ("cuda", False, "forward_kl", "chunked"),
+        ("cuda", True, forward_kl, "reference"),
+    ],
+)
+def test_dispatch(monkeypatch, device, triton, divergence, expected):
+    class Labels:
+        pass
+
+    case = make(edges=edge(divergence=divergence))
+    problem = checked(case.hidden, case.weight, case.bias, case.labels, case.hard_weight, case.edges, None, None, None)
+    labels = Labels()
+    labels.device = torch.device(device)
+    object.__setattr__(problem, "labels_N", labels)
+    monkeypatch.setattr("codistill.kernels.loss._has_triton", lambda: triton)
+    assert _chosen(None, problem) == expected
+
+
+def test_a_custom_divergence_is_differentiated():
+    """A function of two logits and a temperature: here forward KL by its name and as a function."""
+    named, custom = make(edges=edge(divergence="forward_kl")), make(edges=edge(divergence=forward_kl))
+    assert torch.equal(named.loss(impl="reference").total, custom.loss().total)
+
+
+def test_vocabularies_padded_differently():
+    """151,936 and 152,064 rows for one tokenizer, as two sizes of one model family ship them."""
+    tokens, case = 151_665, make(rows=2, edges=BOTH_WAYS)
+    for member, rows in (("ann", 151_936), ("bob", 152_064)):
+        case.weight[member] = torch.zeros(rows, case.hidden[member].shape[1], dtype=torch.float64, requires_grad=True)
+        case.bias[member] = torch.zeros(rows, dtype=torch.float64)
+    case.row_weight, case.hard_weight = torch.ones(2), {"ann": 1.0, "bob": 1.0}
+    out = case.loss(vocabulary=tokens)
+    out.total.backward()
+    assert out.hard["ann"].item() == pytest.approx(torch.tensor(tokens).double().log().item())
+    assert case.weight["bob"].grad.shape == (152_064, 3)
+    assert case.weight["bob"].grad[tokens:].count_nonzero() == 0
+    with pytest.raises(UserError, match="'bob' has 152064 rows, 'ann' has 151936; pass vocabulary="):
+        case.loss()
