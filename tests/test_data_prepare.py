@@ -215,8 +215,8 @@ sys.path[:] = json.loads({path!r})
 from codistill.data import encode, shards
 from codistill.data.prepare import prepare
 shards.SHARD_TOKENS, encode.BLOCK_CHARACTERS = 3000, 1000
-def run(progress=None, **options):
-    return prepare([{source!r}], "train:wordpiece:200", {out!r}, held_out=0.2, progress=progress, **options)
+def run(out={out!r}, **options):
+    return prepare([{source!r}], {vocabulary!r}, out, held_out=0.2, **options)
 """
 
 KILLED = """
@@ -235,26 +235,27 @@ def child(until):
         run(progress=step)
         os._exit(0)
     return os.wait()[1]
+run(out={out!r} + "-whole")
 until, deaths = 1, 0
 while child(until):
     assert not os.path.exists({out!r}), "a killed run left a folder that looks complete"
-    until, deaths = until + 16, deaths + 1
+    until, deaths = until + 13, deaths + 1
 print(deaths)
 """
 
 
-def play(scene, tmp_path, source, out, **options):
-    names = {"path": json.dumps(sys.path), "source": source, "out": str(tmp_path / out)}
+def play(scene, source, vocabulary, out):
+    names = {"path": json.dumps(sys.path), "source": source, "vocabulary": vocabulary, "out": str(out)}
     code = (SCENE + scene).format(**names)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **options)
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, tmp_path):
-    assert play("run(processes=2)", tmp_path, source, "whole").returncode == 0
-    result = play(KILLED, tmp_path, source, "killed")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert int(result.stdout) > 3
-    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    return result.stdout
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, vocabulary, tmp_path):
+    deaths = play(KILLED, source, vocabulary, tmp_path / "killed")
+    assert int(deaths) > 3
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "killed-whole")
     assert not (tmp_path / ".killed.partial").exists()
 
 
@@ -302,12 +303,26 @@ def test_a_full_disk_is_one_clear_error_and_work_goes_on(source, vocabulary, tmp
     assert prepare([source], vocabulary, tmp_path / "out").num_documents == 150
 
 
-def test_two_at_the_same_time_make_one(source, tmp_path):
-    together = "import time\nif os.fork() == 0:\n    run(); os._exit(0)\nrun()\nassert os.wait()[1] == 0"
-    result = play(together, tmp_path, source, "out")
-    assert result.returncode == 0, result.stderr
-    assert play("run()", tmp_path, source, "alone").returncode == 0
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "alone")
+TOGETHER = """
+from codistill.data import prepare as room
+fills, real = [], room._fill
+room._fill = lambda *args: fills.append(1) or real(*args)
+def tell():
+    run()
+    os.write(1, str(len(fills)).encode() + bytes([10]))
+if os.fork() == 0:
+    tell()
+    os._exit(0)
+tell()
+assert os.wait()[1] == 0
+run(out={out!r} + "-alone")
+"""
+
+
+def test_two_at_the_same_time_make_one(source, vocabulary, tmp_path):
+    fills = play(TOGETHER, source, vocabulary, tmp_path / "out")
+    assert sorted(fills.split()) == ["0", "1"]
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "out-alone")
 
 
 # The finished folder

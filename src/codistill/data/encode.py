@@ -10,7 +10,7 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ def encode_block(encoder, separator: int, block: list[Fragment]) -> Block:
     return Block(tokens, ends[ends_unit].astype(np.uint32), ends[ends_document].astype(np.uint32))
 
 
-def encode_all(blocks: Iterable[list[Fragment]], serialised: str, separator: int, processes: int) -> Iterator[Block]:
+def encode_all(blocks: Iterable[list[Fragment]], serialised: str, separator: int, processes: int) -> Generator[Block]:
     """The encoded blocks in order, at most two per process in flight. `serialised`: the text of a tokenizer.json."""
     if processes <= 1:
         encode = _encoder(serialised, separator)

@@ -7,9 +7,10 @@ and document ends, counted in tokens from the shard's start, exclusive).
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -77,17 +78,17 @@ def _agrees(path: Path, size: int, digest: str) -> bool:
 
 def write_shards(
     blocks: Iterable[Block], folder: Path, records: Path, dtype: np.dtype, vocabulary: int, first: int
-) -> Iterator[Block | Shard]:
+) -> Generator[Block | Shard]:
     """Writes shards numbered from `first` on; gives back each block once it is taken, and each shard once it is safe
     on disk with its record."""
     source, number = iter(blocks), first
-    for block in source:
+    for begin in source:
         with _OpenShard(folder, number, dtype) as shard:
-            while True:
+            for block in chain([begin], source):
                 _require_known(block, vocabulary)
                 shard.add(block)
                 yield block
-                if shard.is_full(block) or (block := next(source, None)) is None:
+                if shard.is_full(block):
                     break
             yield shard.finish(records)
         number += 1
