@@ -35,11 +35,10 @@ def machine() -> dict:
 def speed(data: Path) -> dict:
     from codistill.bench_data import bench_data
 
-    files = [
-        str(data / "text" / name / "train-00000-of-00003.parquet") for name in ("english-novels", "wikipedia-en-2015")
-    ]
-    vocabulary = str(data / "vocab" / "bert-base-uncased.txt")
-    return {"sources": [Path(file).parent.name for file in files], "rows": bench_data(files[:1], vocabulary)}
+    source = data / "text" / "english-novels" / "train-00000-of-00003.parquet"
+    vocabulary = data / "vocab" / "bert-base-uncased.txt"
+    rows = bench_data([str(source)], str(vocabulary))
+    return {"source": "text/english-novels/train-00000-of-00003.parquet", "tokenizer": vocabulary.name, "rows": rows}
 
 
 def memory(data: Path) -> dict:
@@ -58,10 +57,8 @@ def synthetic(text: Path, path: Path, size: int = 2_000_000_000) -> int:
     """The real text over and over, as one .jsonl of 2 GB."""
     import pyarrow.parquet as parquet
 
-    texts = [
-        row for file in sorted(text.glob("*/train*.parquet")) for row in parquet.read_table(file)["text"].to_pylist()
-    ]
-    lines = "".join(json.dumps({"text": row}) + "\n" for row in texts).encode()
+    tables = [parquet.read_table(file) for file in sorted(text.glob("*/train*.parquet"))]
+    lines = "".join(json.dumps({"text": row}) + "\n" for table in tables for row in table["text"].to_pylist()).encode()
     with open(path, "wb") as file:
         while file.tell() < size:
             file.write(lines)
@@ -71,7 +68,8 @@ def synthetic(text: Path, path: Path, size: int = 2_000_000_000) -> int:
 def watched(sources: list[str], vocabulary: str, out: str, options: str = "") -> dict:
     """One preparation in a process of its own: seconds, tokens, and the largest sum of resident memory of it and its
     workers, looked at every 50 ms (pages they share are counted for each)."""
-    code = f"from codistill.data.prepare import prepare; print(prepare({sources}, {vocabulary!r}, {out!r}, {options}).num_tokens)"
+    call = f"prepare({sources}, {vocabulary!r}, {out!r}, {options})"
+    code = f"from codistill.data.prepare import prepare; print({call}.num_tokens)"
     start, peak = time.monotonic(), 0
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         done = threading.Event()

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from .data.batches import Batches
@@ -49,7 +50,7 @@ def _preparation(sources: Sequence[str], corpus: Corpus, folder: Path) -> list[d
     with _cores(1):
         for name in ("encode_batch", "encode_batch_fast"):
             encode = getattr(bare, name)
-            rows.append(_row(f"tokenizers.{name}", 1, _rate(lambda encode=encode: _encode(encode, texts))))
+            rows.append(_row(f"tokenizers.{name}", 1, _rate(partial(_encode, encode, texts))))
         rows.append(_row("prepare", 1, _rate(lambda: _prepared(sources, tokenizer, folder / "one", 1))))
     if len(_allowed()) > 1:
         with _cores(2):
@@ -68,7 +69,7 @@ def _batches(corpus: Corpus, length: int, mask_rate: float, seconds: float) -> l
         "batches, padded": Batches(corpus, plain, length=length, sequences=_SEQUENCES, packing="padded"),
     }
     with _cores(1):
-        rows = [_row(name, 1, _rate(lambda case=case: _served(case, seconds))) for name, case in cases.items()]
+        rows = [_row(name, 1, _rate(partial(_served, case, seconds))) for name, case in cases.items()]
         rows.append(_row("batches, prefetched", 1, _rate(lambda: _ahead(cases["batches"], seconds))))
     return rows
 
