@@ -42,13 +42,14 @@ class Reading:
     position: int = 0
     counts: dict[str, int] = field(default_factory=lambda: {"documents_read": 0, "empty": 0, "replaced_utf8": 0})
 
-    def decode(self, raw: bytes, place: str) -> str:
-        """The text; broken UTF-8 is refused with its place, or replaced by U+FFFD and counted."""
+    def decode(self, raw: bytes, place: str, start: int = 0) -> str:
+        """The text; broken UTF-8 is refused with its place, or replaced by U+FFFD and counted. `start`: the bytes of
+        the place before these."""
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
             if self.bad_utf8 != "replace":
-                what = f"broken UTF-8 at byte {error.start} ({raw[error.start : error.start + 4].hex(' ')})"
+                what = f"broken UTF-8 at byte {start + error.start} ({raw[error.start : error.start + 4].hex(' ')})"
                 raise UserError(f"{place}: {what}; repair it, or allow replacing (--bad-utf8 replace)") from error
         text = raw.decode("utf-8", "replace")
         self.counts["replaced_utf8"] += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
@@ -78,13 +79,13 @@ def cut_point(raw: bytes, start: int = 0, limit: int = PIECE) -> int:
     return high
 
 
-def _pieces(raw: bytes, reading: Reading, place: str) -> Iterator[Piece]:
+def _pieces(raw: bytes, reading: Reading, place: str, before: int = 0) -> Iterator[Piece]:
     start = 0
     while len(raw) - start > PIECE:
         cut = cut_point(raw, start)
-        yield Piece(reading.decode(raw[start:cut], place), last=False)
+        yield Piece(reading.decode(raw[start:cut], place, before + start), last=False)
         start = cut
-    yield Piece(reading.decode(raw[start:], place), last=True)
+    yield Piece(reading.decode(raw[start:], place, before + start), last=True)
 
 
 def _text(source: Source, reading: Reading) -> Iterator[Piece]:
@@ -95,9 +96,9 @@ def _text(source: Source, reading: Reading) -> Iterator[Piece]:
             held += chunk
             while len(held) > 2 * PIECE:
                 cut = cut_point(held)
-                yield Piece(reading.decode(held[:cut], f"{source.name}, part from byte {start}"), last=False)
+                yield Piece(reading.decode(held[:cut], source.name, start), last=False)
                 held, start = held[cut:], start + cut
-        yield from _pieces(held, reading, f"{source.name}, part from byte {start}")
+        yield from _pieces(held, reading, source.name, start)
 
 
 def _jsonl(source: Source, reading: Reading) -> Iterator[Piece]:

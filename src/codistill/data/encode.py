@@ -10,9 +10,9 @@ import pickle
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -62,7 +62,7 @@ def encode_block(encoder, separator: int, block: list[Fragment]) -> Block:
     return Block(tokens, ends[ends_unit].astype(np.uint32), ends[ends_document].astype(np.uint32))
 
 
-def encode_all(blocks: Iterable[list[Fragment]], serialised: str, separator: int, processes: int) -> Iterator[Block]:
+def encode_all(blocks: Iterable[list[Fragment]], serialised: str, separator: int, processes: int) -> Generator[Block]:
     """The encoded blocks in order, at most two per process in flight. `serialised`: the text of a tokenizer.json."""
     if processes <= 1:
         encode = _encoder(serialised, separator)
@@ -73,7 +73,9 @@ def encode_all(blocks: Iterable[list[Fragment]], serialised: str, separator: int
         pool = stack.enter_context(ThreadPoolExecutor(processes))
         idle: SimpleQueue[_Worker] = SimpleQueue()
         for _ in range(processes):
-            idle.put(stack.enter_context(_Worker(serialised, separator)))
+            worker = stack.enter_context(_Worker())
+            worker.send((serialised, separator))
+            idle.put(worker)
         yield from _in_order(blocks, pool, idle, 2 * processes)
 
 
@@ -106,7 +108,7 @@ class _Worker:
     """A process that encodes. Plain pipes rather than multiprocessing, which would run the user's script anew; the
     process ends by itself when this one is gone, because its input then ends."""
 
-    def __init__(self, serialised: str, separator: int):
+    def __init__(self) -> None:
         package = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         # One process is one thread here: the processes already share out the cores.
@@ -120,16 +122,15 @@ class _Worker:
         assert self.process.stdin
         assert self.process.stdout
         self.input, self.output = self.process.stdin, self.process.stdout
-        self._send((serialised, separator))
 
     def encode(self, block: list[Fragment]) -> Block:
-        self._send([tuple(fragment) for fragment in block])
+        self.send([tuple(fragment) for fragment in block])
         try:
             return Block(*pickle.load(self.output))
         except (EOFError, pickle.UnpicklingError) as error:
             raise MachineError(f"prepare: a worker process died (exit status {self.process.wait()})") from error
 
-    def _send(self, message: object) -> None:
+    def send(self, message: object) -> None:
         try:
             pickle.dump(message, self.input, protocol=pickle.HIGHEST_PROTOCOL)
             self.input.flush()
@@ -142,7 +143,8 @@ class _Worker:
     def __exit__(self, *_: object) -> None:
         self.process.kill()
         self.process.wait()
-        self.input.close()
+        with suppress(BrokenPipeError):
+            self.input.close()
         self.output.close()
 
 

@@ -38,7 +38,8 @@ def permute(index: np.ndarray, size: int, key: np.ndarray) -> np.ndarray:
     outside [0, size) is sent on until it falls inside (cycle walking), which is a bijection of [0, size). No table:
     the memory is that of `index`.
     """
-    bits = max(2, int(size - 1).bit_length())
+    # Below 8 bits the rounds reach too few permutations (seen as uneven places of 5 and of 10 rows).
+    bits = max(8, int(size - 1).bit_length())
     value = _scramble(index.astype(np.uint64), bits, key)
     outside = np.flatnonzero(value >= size)
     while outside.size:

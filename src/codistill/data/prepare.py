@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -136,11 +137,14 @@ def _write(stream: Stream, tokenizer, folder: Path, records: Path, processes: in
     blocks = stream.blocks(skip=sum(shard.blocks for shard in shards))
     encoded = encode_all(blocks, encoder_of(tokenizer).to_str(), separator_of(tokenizer), processes)
     size = vocabulary_size(tokenizer)
-    for event in write_shards(encoded, folder, records, _dtype(size), size, first=len(shards)):
-        if isinstance(event, Shard):
-            shards.append(event)
-        else:
-            stream.report(event)
+    events = write_shards(encoded, folder, records, _dtype(size), size, first=len(shards))
+    # Closed here, for an error keeps the frames alive: files and worker processes must not wait for that to end.
+    with closing(encoded), closing(events):
+        for event in events:
+            if isinstance(event, Shard):
+                shards.append(event)
+            else:
+                stream.report(event)
     return shards
 
 

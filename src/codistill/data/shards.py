@@ -7,9 +7,10 @@ and document ends, counted in tokens from the shard's start, exclusive).
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -77,21 +78,20 @@ def _agrees(path: Path, size: int, digest: str) -> bool:
 
 def write_shards(
     blocks: Iterable[Block], folder: Path, records: Path, dtype: np.dtype, vocabulary: int, first: int
-) -> Iterator[Block | Shard]:
+) -> Generator[Block | Shard]:
     """Writes shards numbered from `first` on; gives back each block once it is taken, and each shard once it is safe
     on disk with its record."""
-    open_shard: _OpenShard | None = None
-    number = first
-    for block in blocks:
-        _require_known(block, vocabulary)
-        open_shard = open_shard or _OpenShard(folder, number, dtype)
-        open_shard.add(block)
-        yield block
-        if open_shard.is_full(block):
-            yield open_shard.close(records)
-            open_shard, number = None, number + 1
-    if open_shard:
-        yield open_shard.close(records)
+    source, number = iter(blocks), first
+    for begin in source:
+        with _OpenShard(folder, number, dtype) as shard:
+            for block in chain([begin], source):
+                _require_known(block, vocabulary)
+                shard.add(block)
+                yield block
+                if shard.is_full(block):
+                    break
+            yield shard.finish(records)
+        number += 1
 
 
 def _require_known(block: Block, vocabulary: int) -> None:
@@ -101,7 +101,7 @@ def _require_known(block: Block, vocabulary: int) -> None:
 
 
 class _OpenShard:
-    """A shard being written: files, sums and counts."""
+    """A shard being written: files, sums and counts. Closed without `finish`, it leaves files without a record."""
 
     def __init__(self, folder: Path, number: int, dtype: np.dtype):
         self.folder, self.number, self.dtype = folder, number, dtype
@@ -110,7 +110,16 @@ class _OpenShard:
         self.counts = [0, 0, 0]
         self.blocks = 0
         with writing(folder / self.names[0]):
-            self.files = [open(folder / name, "wb") for name in self.names]  # noqa: SIM115 (closed in `close`)
+            self.files = [open(folder / name, "wb") for name in self.names]  # noqa: SIM115 (closed in `__exit__`)
+
+    def __enter__(self) -> "_OpenShard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self.files:
+            # What a full disk leaves in the buffer cannot be written now either; the error is on its way already.
+            with suppress(OSError):
+                file.close()
 
     def add(self, block: Block) -> None:
         start = np.uint32(self.counts[0])
@@ -127,12 +136,11 @@ class _OpenShard:
         at_end = block.document_ends.size > 0 and block.document_ends[-1] == block.tokens.size
         return self.counts[0] >= SHARD_TOKENS * (1 if at_end else 4)
 
-    def close(self, records: Path) -> Shard:
+    def finish(self, records: Path) -> Shard:
         for name, file in zip(self.names, self.files, strict=True):
             with writing(self.folder / name):
                 file.flush()
                 os.fsync(file.fileno())
-                file.close()
         sizes = [(self.folder / name).stat().st_size for name in self.names]
         files = {
             name: [size, digest.hexdigest()] for name, size, digest in zip(self.names, sizes, self.sums, strict=True)

@@ -225,9 +225,7 @@ def _byte_level_of(folder: Path) -> PreTrainedTokenizerFast:
     try:
         backend = _byte_level(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     except Exception as error:
-        raise UserError(
-            f"tokenizer {folder}: vocab.json and merges.txt do not make a byte-level BPE ({error})"
-        ) from error
+        raise UserError(f"tokenizer {folder}: vocab.json and merges.txt make no byte-level BPE ({error})") from error
     end = "<|endoftext|>"
     roles = {"eos_token": end, "bos_token": end} if end in backend.get_vocab() else {}
     return PreTrainedTokenizerFast(

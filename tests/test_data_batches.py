@@ -1,0 +1,268 @@
+"""Batches: the same samples and masks for any ranks, micro-batches and resumption; every row once an epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from codistill.data import encode, shards
+from codistill.data.batches import Batches, held_out
+from codistill.data.packing import document_inputs
+from codistill.data.prefetch import prefetched
+from codistill.data.prepare import prepare
+from codistill.errors import UserError
+from codistill.objectives import MaskedLM
+from data_examples import VOCABULARY, documents, vocabulary_file
+
+PAD, CLS, SEP, MASK = (VOCABULARY.index(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
+LENGTH = 16
+
+
+def corpus_of(folder, texts, vocabulary, **options):
+    for i, text in enumerate(texts):
+        (folder / f"{i:05d}.txt").write_text(text)
+    return prepare([str(folder)], vocabulary, folder / "out", processes=1, **options)
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return str(vocabulary_file(tmp_path_factory.mktemp("vocabulary")))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, vocabulary):
+    """A few shards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 1000)
+        patch.setattr(encode, "BLOCK_CHARACTERS", 300)
+        made = corpus_of(tmp_path_factory.mktemp("corpus"), documents(40), vocabulary)
+    assert len(made.shards) > 3
+    return made
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory, vocabulary):
+    return corpus_of(tmp_path_factory.mktemp("other"), documents(20, seed=5), vocabulary, unit="sentence")
+
+
+def batches(corpus, sequences=24, **options):
+    return Batches(corpus, MaskedLM(0.3), length=LENGTH, sequences=sequences, **{"seed": 1, **options})
+
+
+def content(micro_batches):
+    """Everything in some micro-batches, as a multiset of sequences: what is shown, what is asked, what it weighs."""
+    found = []
+    for batch in micro_batches:
+        asked = [array.reshape(len(batch.sample_ids), -1).tolist() for array in (batch.labels_N, batch.row_weight_N)]
+        places = (batch.rows_N.reshape(len(batch.sample_ids), -1) % LENGTH).tolist()
+        shown = batch.inputs["input_ids"].tolist()
+        found += [str(sequence) for sequence in zip(batch.sample_ids, shown, places, *asked, strict=True)]
+    return Counter(found)
+
+
+@settings(max_examples=25, deadline=None)
+@given(step=st.integers(0, 10_000), seed=st.integers(0, 5))
+def test_ranks_and_micro_batches_change_nothing(corpus, step, seed):
+    whole = content(batches(corpus, seed=seed).at(step))
+    assert whole.total() == 24
+    for world in (1, 2, 4):
+        for accumulate in (1, 2, 3):
+            parts = batches(corpus, seed=seed, accumulate=accumulate)
+            ranks = [parts.at(step, rank=rank, world=world) for rank in range(world)]
+            assert all(len(rank) == accumulate for rank in ranks)
+            assert content(batch for rank in ranks for batch in rank) == whole
+
+
+@settings(max_examples=40, deadline=None)
+@given(sequences=st.integers(1, 60), seed=st.integers(0, 1000), tokens=st.none() | st.integers(1000, 4000))
+def test_every_row_is_visited_once_an_epoch(corpus, sequences, seed, tokens):
+    source = batches(corpus, sequences=sequences, seed=seed, tokens=tokens)
+    steps = -(-3 * source.num_rows // sequences)
+    samples = np.concatenate([source.locate(np.arange(s * sequences, (s + 1) * sequences))[2] for s in range(steps)])
+    epochs = samples[: 3 * source.num_rows].reshape(3, -1)
+    assert (np.sort(epochs, axis=1) == np.sort(epochs[0])).all()
+    assert len(set(epochs[0])) == source.num_rows
+    assert (epochs[0] != epochs[1]).any()
+
+
+def test_an_epochs_end_inside_a_batch_and_new_masks_in_the_next(corpus):
+    source = batches(corpus, sequences=24)
+    assert source.num_rows % 24
+    first = {i: b for s in range(source.num_rows // 24 + 1) for b in source.at(s) for i in b.sample_ids}
+    assert set(first) == set(range(source.num_rows))
+    last = source.at(source.num_rows // 24)[0]
+    assert len(last.sample_ids) == 24
+    assert source.epoch_of(source.num_rows) == 24
+    shown = {}
+    for step in range(2 * source.num_rows // 24 + 1):
+        for batch in source.at(step):
+            for sample, row in zip(batch.sample_ids, batch.inputs["input_ids"].tolist(), strict=True):
+                shown.setdefault(sample, []).append(str(row))
+    repeated = [rows for rows in shown.values() if len(rows) > 1]
+    assert len(repeated) > source.num_rows // 2
+    assert all(rows[0] != rows[1] for rows in repeated)
+
+
+def test_a_new_process_goes_on_the_same(corpus):
+    before = batches(corpus)
+    for step in range(7):
+        before.at(step)
+    assert content(before.at(7)) == content(batches(corpus).at(7))
+    assert content(batches(corpus, seed=2).at(7)) != content(before.at(7))
+
+
+def test_packed_rows_are_the_running_text(corpus):
+    source = batches(corpus)
+    plain = source.parts[0].rows(np.arange(source.num_rows))
+    expected = []
+    for tokens in corpus.shards:
+        usable = len(tokens) // (LENGTH - 1) * (LENGTH - 1)
+        expected += [[CLS, *tokens[i : i + LENGTH - 1].tolist()] for i in range(0, usable, LENGTH - 1)]
+    assert plain.ids_RT.tolist() == expected
+    assert (plain.lengths_R == LENGTH).all()
+    backwards = np.arange(source.num_rows)[::-1]
+    assert source.parts[0].rows(backwards).ids_RT.tolist() == expected[::-1]
+
+
+def test_masks_restore_to_the_text(corpus):
+    source = batches(corpus)
+    batch = source.at(3)[0]
+    ids = batch.inputs["input_ids"].reshape(-1).clone()
+    ids[batch.rows_N] = batch.labels_N
+    restored = source.parts[0].rows(np.array(batch.sample_ids)).ids_RT
+    assert (ids.reshape(restored.shape).numpy() == restored).all()
+
+
+def test_padded_rows_are_one_unit_each(other):
+    source = Batches(other, MaskedLM(0.3), length=LENGTH, sequences=8, packing="padded")
+    assert source.num_rows == other.num_units
+    ends = other.unit_ends[0].tolist()
+    units = [other.tokens[a : b - 1].tolist() for a, b in zip([0, *ends], ends, strict=False)]
+    rows = source.parts[0].rows(np.arange(source.num_rows))
+    for ids, length, unit in zip(rows.ids_RT.tolist(), rows.lengths_R, units, strict=True):
+        row = [CLS, *unit[: LENGTH - 2], SEP]
+        assert length == len(row)
+        assert ids == row + [PAD] * (LENGTH - len(row))
+    batch = source.at(0)[0]
+    assert (batch.inputs["attention_mask"] == (batch.inputs["input_ids"] != PAD)).all()
+    assert not (batch.labels_N[batch.row_weight_N == 1] == PAD).any()
+
+
+def test_attention_within_documents():
+    ids = np.array([[CLS, 9, SEP, 8, 7, SEP, 6, 5]])
+    inputs = document_inputs(ids, SEP)
+    number = [0, 0, 0, 1, 1, 1, 2, 2]
+    expected = [[a == b for b in number] for a in number]
+    assert inputs["attention_mask"].shape == (1, 1, 8, 8)
+    assert inputs["attention_mask"][0, 0].tolist() == expected
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_models_attend_within_documents_only(corpus, family):
+    """A document's features do not depend on what else is in its row."""
+    from transformers import BertConfig, BertModel, ModernBertConfig, ModernBertModel
+
+    sizes = {"vocab_size": len(VOCABULARY), "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    if family == "bert":
+        model = BertModel(BertConfig(num_hidden_layers=2, **sizes)).eval()
+    else:
+        ends = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP, "cls_token_id": CLS, "sep_token_id": SEP}
+        model = ModernBertModel(ModernBertConfig(num_hidden_layers=4, **sizes, **ends)).eval()
+    ids = np.array([[CLS, 9, 10, SEP, 8, 7, 6, SEP], [CLS, 30, 31, SEP, 8, 7, 6, SEP]])
+    inputs = {name: torch.from_numpy(array) for name, array in document_inputs(ids, SEP).items()}
+    with torch.no_grad():
+        features = model(input_ids=torch.from_numpy(ids), **inputs).last_hidden_state
+        alone = model(input_ids=torch.from_numpy(ids[:1, 4:])).last_hidden_state
+    torch.testing.assert_close(features[0, 4:], features[1, 4:])
+    torch.testing.assert_close(features[0, 4:], alone[0])
+    assert (features[0, :4] - features[1, :4]).abs().max() > 1e-3
+
+
+def test_mixtures_give_exact_shares_and_whole_epochs(corpus, other):
+    source = batches([(corpus, 3.0), (other, 1.0)])
+    part, epoch, row = source.locate(np.arange(40_000))
+    assert np.bincount(part).tolist() == [30_000, 10_000]
+    assert abs(np.bincount(part[:1000])[0] - 750) < 60
+    for number, rows in enumerate(source.parts):
+        here = part == number
+        first = row[here & (epoch == 0)]
+        assert sorted(first) == list(range(rows.num_rows))
+    whole = content(source.at(5))
+    halves = [source.at(5, rank=rank, world=2)[0] for rank in range(2)]
+    assert content(halves) == whole
+
+
+def test_mixtures_of_different_tokenizers_are_refused(corpus, tmp_path):
+    foreign = corpus_of(tmp_path, documents(3), "train:wordpiece:100")
+    with pytest.raises(UserError, match="prepared with the tokenizer train:wordpiece:100, but"):
+        batches([(corpus, 1), (foreign, 1)])
+    with pytest.raises(UserError, match="every weight must be above 0"):
+        batches([(corpus, 1), (corpus, 0)])
+
+
+def test_a_token_budget_takes_rows_from_all_of_the_text(corpus):
+    source = batches(corpus, tokens=50 * LENGTH)
+    assert source.num_rows == 50
+    _, _, row = source.locate(np.arange(50))
+    total = batches(corpus).num_rows
+    assert sorted(row) == [i * total // 50 for i in range(50)]
+
+
+def test_held_out_batches_are_fixed_and_in_order(corpus):
+    options = {"length": LENGTH, "sequences": 32, "seed": 3}
+    every = held_out(corpus, MaskedLM(0.3), **options)
+    assert [i for batch in every for i in batch.sample_ids] == list(range(batches(corpus).num_rows))
+    again = held_out(corpus, MaskedLM(0.3), **options)
+    assert all(content([a]) == content([b]) for a, b in zip(every, again, strict=True))
+    some = held_out(corpus, MaskedLM(0.3), limit=40, **options)
+    assert [len(batch.sample_ids) for batch in some] == [32, 8]
+    assert content(some) <= content(every)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sequences": 10_000}, "the text is too short"),
+        ({"packing": "tight"}, "there are contiguous, padded"),
+        ({"tokens": 100}, "the text is too short, 6 rows"),
+    ],
+)
+def test_bad_settings(corpus, options, message):
+    with pytest.raises(UserError, match=message):
+        batches(corpus, **options)
+
+
+def test_uneven_shares_are_refused(corpus):
+    with pytest.raises(UserError, match="24: cannot be shared out evenly to 1 micro-batches on 5 ranks"):
+        batches(corpus).at(0, world=5)
+
+
+def test_no_row_to_validate_on(tmp_path, vocabulary):
+    short = corpus_of(tmp_path, ["the cat"], vocabulary)
+    with pytest.raises(UserError, match=r"data\.validation: the text is too short, 3 tokens"):
+        held_out(short, MaskedLM(), length=LENGTH, sequences=4)
+
+
+def test_prefetching_changes_nothing(corpus):
+    source = batches(corpus, accumulate=2)
+    ahead = list(prefetched(source, 5, 12, rank=1, world=2))
+    plain = [source.at(step, rank=1, world=2) for step in range(5, 12)]
+    assert [content(step) for step in ahead] == [content(step) for step in plain]
+
+
+def test_prefetching_passes_errors_on_and_stops_when_left(corpus):
+    import threading
+
+    with pytest.raises(UserError, match="cannot be shared out"):
+        list(prefetched(batches(corpus), 0, 3, world=5))
+    running = threading.active_count()
+    stream = prefetched(batches(corpus), 0, 1000)
+    next(stream)
+    assert threading.active_count() == running + 1
+    stream.close()
+    assert threading.active_count() == running
