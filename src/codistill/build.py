@@ -85,7 +85,7 @@ def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bf
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
-    has = getattr(torch.cpu, "get_capabilities", dict)()
+    has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
