@@ -8,16 +8,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "codistill"
 # Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor.
 FLOORS = [
-    {"errors", "seeds", "progress"},
+    {"errors", "seeds"},
+    {"progress", "files"},
     {"schedules", "divergences", "data", "checkpoint"},
     {"config"},
     {"loading"},
     {"objectives", "recipes", "kernels"},
-    {"members"},
+    {"members", "watch"},
     {"cohort", "scores"},
     {"build"},
+    {"run_folder", "metrics"},
     {"train"},
-    {"report"},
+    {"report", "bench_data", "bench"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -1,13 +1,21 @@
 """Checkpoints: exact, atomic, verified."""
 
+import hashlib
 import json
+import pickle
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForMaskedLM
 
 from codistill import checkpoint
-from codistill.checkpoint import Trained, atomic_folder, load, newest, save, verify
+from codistill.checkpoint import Retention, Saver, Trained, load, newest, snapshot, verify, write
 from codistill.cohort import Cohort, Distillation
 from codistill.errors import MachineError, UserError
+from codistill.files import atomic_folder
 from cohorts import assert_same_bits, member, parameters, run
 
 
@@ -17,6 +25,11 @@ def cohort() -> Cohort:
 
 def trained(built: Cohort) -> dict[str, Trained]:
     return {m.name: Trained(m.predictor.model, m.optimizer) for m in built.trained}
+
+
+def save(folder, step, members, *, keep=2, score=None, **retention):
+    snapshots = {name: snapshot(member) for name, member in members.items()}
+    return write(folder, step, snapshots, Retention(keep, **retention), score)
 
 
 def test_a_restored_cohort_goes_on_bit_for_bit(tmp_path):
@@ -56,16 +69,84 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage, 
         for inside in [*bad.rglob("*.*")]:
             inside.unlink()
     assert newest(tmp_path) == good
-    assert "step-00000002 is damaged" in capsys.readouterr().out
+    assert "checkpoint step-00000002: " in capsys.readouterr().err
     assert (tmp_path / "step-00000002.damaged").is_dir()
     assert verify(good) is None
+
+
+def test_every_nth_and_the_best_stay_too(tmp_path):
+    built = trained(cohort())
+    for step, score in enumerate([None, 3.0, 1.0, None, 2.0, 4.0, 5.0]):
+        save(tmp_path, step, built, keep=1, every=4, best=True, score=score)
+    assert [int(place.name[5:]) for place in sorted(tmp_path.iterdir())] == [0, 2, 4, 6]
+
+
+def test_the_saver_writes_what_was_there_when_it_was_asked(tmp_path):
+    straight = run(cohort(), range(4))
+    first = run(cohort(), range(2))
+    saver = Saver(tmp_path, Retention(2))
+    saver.save(2, trained(first))
+    run(first, range(2, 4))  # goes on while the checkpoint is written
+    saver.finish()
+    second = cohort()
+    load(newest(tmp_path), trained(second))
+    run(second, range(2, 4))
+    assert_same_bits(parameters(straight, "large"), parameters(second, "large"))
+
+
+def test_a_saver_that_failed_says_so_at_the_latest_when_it_finishes(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    saver = Saver(tmp_path, Retention(2))
+    saver.save(1, trained(cohort()))
+    with pytest.raises(MachineError, match="No space left on device"):
+        saver.finish()
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_a_members_folder_loads_with_transformers(tmp_path, family):
+    model = member("large", 2, family=family)
+    place = save(tmp_path, 1, {"large": Trained(model.predictor.model, model.optimizer)})
+    loaded, report = AutoModelForMaskedLM.from_pretrained(place / "large", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    for name, tensor in loaded.state_dict().items():
+        torch.testing.assert_close(tensor, model.predictor.model.state_dict()[name], rtol=0, atol=0)
+
+
+def test_a_malicious_file_executes_nothing(tmp_path):
+    """A pickle that would leave a mark when loaded, under the name of each file of a checkpoint in turn."""
+
+    class Mark:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    place = save(tmp_path, 1, trained(cohort()))
+    manifest = json.loads((place / "manifest.json").read_text())
+    for name in manifest["files"]:
+        good, content = (place / name).read_bytes(), pickle.dumps(Mark())
+        (place / name).write_bytes(content)
+        assert verify(place) == f"{name} differs from its checksum"
+        # Even where whoever wrote the file gave it the right checksum.
+        entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        changed = {**manifest, "files": {**manifest["files"], name: entry}}
+        (place / "manifest.json").write_text(json.dumps(changed))
+        with pytest.raises(SafetensorError) if name.endswith(".safetensors") else nullcontext():
+            load(place, trained(cohort()))
+        (place / name).write_bytes(good)
+        (place / "manifest.json").write_text(json.dumps(manifest))
+    (place / "manifest.json").write_bytes(pickle.dumps(Mark()))
+    assert newest(tmp_path) is None
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_failing_disk_leaves_what_was_there(tmp_path, monkeypatch):
     built = trained(cohort())
     save(tmp_path, 1, built, keep=2)
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
@@ -83,7 +164,7 @@ def test_another_set_of_members_is_refused(tmp_path):
 
 def test_another_shape_is_refused(tmp_path):
     place = save(tmp_path, 1, trained(Cohort([member("large", 2)])), keep=2)
-    with pytest.raises(UserError, match="is of another model"):
+    with pytest.raises(UserError, match="is of a model of another shape"):
         load(place, trained(Cohort([member("large", 1)])))
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.optim import SGD, AdamW
 
-from codistill.cohort import Cohort, Distillation, Member, NonFiniteError
+from codistill.cohort import Cohort, Distillation, Member
 from codistill.objectives import Batch
 from codistill.schedules import build, constant
 from cohorts import assert_same_bits, batch, member, parameters, predictor, run
@@ -103,7 +103,7 @@ def test_a_batch_without_predicted_rows_trains_nothing_and_breaks_nothing():
     assert metrics["large/hard"] == 0
     assert metrics["large/from_small"] == 0
     assert_same_bits(before, parameters(cohort, "large"))
-    cohort.raise_failure()
+    assert cohort.failure() is None
 
 
 def hand_written_step(models, optimizers, batches, weights, temperature):
@@ -175,8 +175,27 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_is_named():
     cohort.step(3, [batch(6)])
     assert_same_bits(before[0], parameters(cohort, "large"))
     torch.testing.assert_close(before[1], parameters(cohort, "small"), rtol=0, atol=0, equal_nan=True)
-    with pytest.raises(NonFiniteError, match=r"step 2: the loss or gradient of small was not finite"):
-        cohort.raise_failure()
+    assert cohort.failure() == (2, ["small"])
+    assert "step 2: the loss or gradient of small was not finite" in str(cohort.failure())
+
+
+def test_a_step_that_is_not_finite_can_be_skipped_and_counted():
+    members = [member("large", 2), member("small")]
+    cohort = run(Cohort(members, BOTH_WAYS, skip_non_finite=True), range(2))
+    before = parameters(cohort, "large")
+    bias = cohort.members["small"].predictor.output_bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias[0] = float("inf")
+    cohort.step(2, [batch(5)])
+    assert_same_bits(before, parameters(cohort, "large"))
+    with torch.no_grad():
+        bias.copy_(kept)
+    cohort.step(3, [batch(6)])
+    assert cohort.num_skipped() == 1
+    assert cohort.failure() is None
+    with pytest.raises(AssertionError):
+        assert_same_bits(before, parameters(cohort, "large"))
 
 
 def test_each_member_has_its_own_learning_rate_schedule():

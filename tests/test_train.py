@@ -11,84 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from codistill import checkpoint
 from codistill.build import build
 from codistill.errors import MachineError, UserError
 from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.recipes import RECIPES, find
 from codistill.train import Stopped, train
+from codistill.watch import NonFiniteError
+from runs import assert_same_run, small_run, weights, with_teachers
 
 CPU = torch.device("cpu")
-SMALL = [
-    "steps=20",
-    "batch={sequences: 8, accumulate: 2}",
-    "data={train: [TEXT], validation: [TEXT], tokenizer: 'train:wordpiece:300', length: 32}",
-    "evaluate={every: 10, sequences: 16}",
-    "checkpoint.every=10",
-    "log.every=5",
-]
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory) -> Path:
-    """A little prose: long enough for three epochs of 20 steps to end inside the run."""
-    words = "the cat sat on a mat and saw some dog run far into our old garden to eat more of her food"
-    words = words.split()
-    draw = torch.Generator().manual_seed(0)
-    sentences = [" ".join(words[i] for i in torch.randint(len(words), (9,), generator=draw)) for _ in range(400)]
-    file = tmp_path_factory.mktemp("text") / "prose.txt"
-    file.write_text(". ".join(sentences))
-    return file
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory):
-    os.environ["CODISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-def small_run(recipe: str, text: Path, *more: str):
-    """`recipe` with models of 32 units and dropout."""
-    tree = override(to_dict(find(recipe)), [s.replace("TEXT", str(text)) for s in SMALL])
-    for number, member in enumerate(tree["members"].values()):
-        if "model" in member:
-            member["model"] = {"family": "modernbert", "layers": 2 - number % 2, "width": 32, "dropout": 0.1}
-    return load(override(tree, more))
-
-
-@pytest.fixture(scope="session")
-def teacher(text, tmp_path_factory) -> Path:
-    """A pre-trained model folder."""
-    out = tmp_path_factory.mktemp("teacher") / "run"
-    return train(small_run("standalone", text, "steps=5"), out) / "members" / "large"
-
-
-def with_teachers(recipe: str, text: Path, teacher: Path, *more: str):
-    taught = [f"members.{n}.path={teacher}" for n, m in find(recipe).members.items() if m.path is not None]
-    own = ["data.tokenizer=null"] if taught else []
-    return small_run(recipe, text, *taught, *own, *more)
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{file.parent.name}/{name}": tensor
-        for file in sorted((folder / "members").glob("*/model.safetensors"))
-        for name, tensor in load_file(file).items()
-    }
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    mine, theirs = weights(one), weights(other)
-    assert mine.keys() == theirs.keys()
-    assert mine
-    for name, tensor in mine.items():
-        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=0)
-    losses = [
-        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-        for lines in ((folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other))
-    ]
-    assert losses[0] == losses[1]
 
 
 def in_new_process(statement: str) -> None:
@@ -140,7 +74,7 @@ def test_every_recipe_steps_at_tiny(name, text, teacher):
     built = build(run, CPU)
     for step in range(2):
         metrics = built.cohort.step(step, built.batches.at(step))
-    built.cohort.raise_failure()
+    assert built.cohort.failure() is None
     assert {f"{e.student}/from_{e.teacher}" for e in run.distillation} <= metrics.keys()
     assert all(torch.isfinite(value) for value in metrics.values())
 
@@ -156,8 +90,6 @@ def test_final_members_load_with_transformers_and_give_the_same_logits(family, t
     inputs = tokenizer("the cat sat on [MASK] old garden", return_tensors="pt")
     logits = model.eval()(**inputs).logits
     built = build(replace(run, precision="float32"), CPU)
-    from codistill import checkpoint
-
     trained = {m.name: checkpoint.Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained}
     checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints"), trained)
     predictor = built.cohort.members["large"].predictor.eval()
@@ -225,10 +157,31 @@ def test_changed_text_is_noticed(text, tmp_path):
     with pytest.raises(Stopped):
         train(run, tmp_path / "run", stop_at=2)
     file.write_text(text.read_text() + " and more")
+    refused("provenance.data: the run was made with train .*with --accept-changes", run, tmp_path / "run", resume=True)
     recorded = load(read_run(tmp_path / "run" / "run.yaml"))
-    refused(r"provenance.data: the run was made with .*bring the old files back", recorded, tmp_path / "other")
+    refused("provenance.data: the run was made with train .*removing `provenance`", recorded, tmp_path / "other")
     assert not (tmp_path / "other").exists()
-    refused(r"provenance.data: the run was made with", run, tmp_path / "run", resume=True)
+    out = train(run, tmp_path / "run", resume=True, accept_changes=True)
+    assert (out / "run.before-0.yaml").exists()
+    assert load(read_run(out / "run.yaml")).provenance != recorded.provenance
+
+
+def test_a_changed_setting_is_refused_or_accepted_on_request(text, tmp_path):
+    run = small_run("standalone", text, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    changed = replace(run, seed=7)
+    refused("seed was 0 and is now 7; .*--accept-changes", changed, tmp_path / "run", resume=True)
+    assert load(read_run(train(changed, tmp_path / "run", resume=True, accept_changes=True) / "run.yaml")).seed == 7
+
+
+def test_other_versions_are_noticed_on_resumption(text, tmp_path):
+    run = small_run("standalone", text, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    file = tmp_path / "run" / "run.yaml"
+    file.write_text(file.read_text().replace(f"torch: {torch.__version__}", "torch: 1.0.0"))
+    refused("provenance.versions: the run was made with torch '1.0.0', but now", run, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +223,17 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_is_one_line_and_no_finished_folder(text, tmp_path, monkeypatch):
-    from codistill import checkpoint
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_member_and_rows(text, tmp_path):
+    run = small_run("standalone", text, "members.large.lr=1e30", "members.large.clip=1e30", "precision=float32")
+    with pytest.raises(
+        NonFiniteError, match=r"step \d+: the loss or gradient of large .* held the rows [\d, ]+ of data"
+    ):
+        train(run, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
 
-    def full(*_):
+
+def test_a_full_disk_is_one_line_and_no_finished_folder(text, tmp_path, monkeypatch):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)

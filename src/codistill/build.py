@@ -20,6 +20,7 @@ from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
+from codistill.files import sha256
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, MaskedLM
 from codistill.progress import preparing
@@ -138,7 +139,13 @@ def _cohort(run: Run, models: dict[str, PreTrainedModel], vocabulary: int) -> Co
         Distillation(e.teacher, e.student, e.divergence, schedules.build(e.weight, run.steps), e.temperature)
         for e in run.distillation
     ]
-    return Cohort(members, edges, seed=run.seed, precision=getattr(torch, run.precision))
+    return Cohort(
+        members,
+        edges,
+        seed=run.seed,
+        precision=getattr(torch, run.precision),
+        skip_non_finite=run.non_finite == "skip",
+    )
 
 
 def _member(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> Member:
@@ -245,7 +252,5 @@ def _provenance(
 
 
 def _weights_hash(path: str) -> str:
-    from codistill.checkpoint import sha256
-
     files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
     return " ".join(sha256(file)[:16] for file in files) or "from the hub"

@@ -3,27 +3,28 @@
     checkpoints/step-00000100/
         large/config.json, model.safetensors     loads with `from_pretrained`
         large/optimizer.safetensors              one tensor per (moment, parameter)
-        manifest.json                            step, and the size and SHA-256 of every file; written last
+        manifest.json                            step, score, and the size and SHA-256 of every file; written last
 
 A folder is written beside its place, flushed, and renamed; nothing in it is ever unpickled.
 """
 
-import errno
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from codistill.errors import MachineError, UserError
+from codistill.errors import UserError
+from codistill.files import atomic_folder, sha256
 
 
 class Trained(NamedTuple):
@@ -33,22 +34,89 @@ class Trained(NamedTuple):
     optimizer: Optimizer
 
 
-def save(folder: Path, step: int, members: Mapping[str, Trained], *, keep: int) -> Path:
-    """Writes `folder`/step-… for the state before step `step`, and drops all but the newest `keep`."""
+class Snapshot(NamedTuple):
+    """A member's state at one step, in host memory: nothing that goes on training can change it."""
+
+    config: str
+    parameters: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the newest `newest`, every one whose step `every` divides, the one of the best score."""
+
+    newest: int
+    every: int | None = None
+    best: bool = False
+
+
+class Saver:
+    """Writes checkpoints to `folder` in a thread of its own, one at a time.
+
+    `save` returns once the state is copied to host memory; what went wrong in writing is raised, as MachineError, by
+    the next `save` or `finish`.
+    """
+
+    def __init__(self, folder: Path, retention: Retention):
+        self.folder, self.retention = folder, retention
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+
+    def save(self, step: int, members: Mapping[str, Trained], score: float | None = None) -> None:
+        """Starts a checkpoint of the state before step `step`; `score` is a held-out loss, lower is better."""
+        self._wait()
+        snapshots = {name: snapshot(member) for name, member in members.items()}
+        self._writing = self._thread.submit(write, self.folder, step, snapshots, self.retention, score)
+
+    def finish(self) -> None:
+        """Returns once everything is on disk."""
+        try:
+            self._wait()
+        finally:
+            self._thread.shutdown()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+
+def snapshot(member: Trained) -> Snapshot:
+    """A copy of `member`'s state in host memory. Tied tensors are stored once, under the first of their names."""
+    seen: set[int] = set()
+    parameters = {}
+    for name, tensor in member.model.state_dict().items():
+        if tensor.data_ptr() not in seen or not tensor.numel():
+            seen.add(tensor.data_ptr())
+            parameters[name] = _to_host(tensor)
+    moments = {name: _to_host(tensor) for name, tensor in _moments(member).items()}
+    return Snapshot(member.model.config.to_json_string(), parameters, moments)
+
+
+def write(
+    folder: Path,
+    step: int,
+    snapshots: Mapping[str, Snapshot],
+    retention: Retention = Retention(newest=2),
+    score: float | None = None,
+) -> Path:
+    """Writes `folder`/step-…, then drops what `retention` does not keep. Raises MachineError; keeps what was there."""
     place = folder / f"step-{step:08d}"
     with atomic_folder(place) as fresh:
-        for name, member in members.items():
-            member.model.save_pretrained(fresh / name)
-            moments = {k: v.contiguous() for k, v in _moments(member).items()}
-            save_file(moments, fresh / name / "optimizer.safetensors")
-        _write_manifest(fresh, step)
-    for old in _steps(folder)[:-keep]:
-        shutil.rmtree(old)
+        for name, member in snapshots.items():
+            (fresh / name).mkdir()
+            (fresh / name / "config.json").write_text(member.config)
+            save_file(member.parameters, fresh / name / "model.safetensors", metadata={"format": "pt"})
+            save_file(member.moments, fresh / name / "optimizer.safetensors")
+        _write_manifest(fresh, step, score)
+    for old in _dropped(folder, retention):
+        shutil.rmtree(old, ignore_errors=True)
     return place
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that verifies; one that does not is set aside as `NAME.damaged`."""
+    """The newest checkpoint in `folder` that verifies; one that does not is set aside as `NAME.damaged`, and named."""
     for place in reversed(_steps(folder)):
         damage = verify(place)
         if damage is None:
@@ -56,22 +124,21 @@ def newest(folder: Path) -> Path | None:
         aside = place.with_name(place.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         place.rename(aside)
-        print(f"checkpoint {place.name} is damaged ({damage}); kept as {aside.name}, using the one before")
+        print(f"checkpoint {place.name}: {damage}; kept as {aside.name}, going back to the one before", file=sys.stderr)
     return None
 
 
 def verify(place: Path) -> str | None:
     """What is wrong with the checkpoint at `place`, in a few words, or None."""
-    try:
-        manifest = json.loads((place / "manifest.json").read_text())
-        for name, entry in manifest["files"].items():
-            file = place / name
-            if not file.is_file():
-                return f"{name} is missing"
-            if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
-                return f"{name} differs from its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is missing or unreadable"
+    manifest = _read_manifest(place)
+    if manifest is None:
+        return "manifest.json is missing or damaged"
+    for name, entry in manifest["files"].items():
+        file = place / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+            return f"{name} differs from its checksum"
     return None
 
 
@@ -82,35 +149,9 @@ def load(place: Path, members: Mapping[str, Trained]) -> int:
     if held != sorted(members):
         raise UserError(f"{place}: the checkpoint holds {', '.join(held)}, but the run trains {', '.join(members)}")
     for name, member in members.items():
-        _restore_parameters(member.model, load_file(place / name / "model.safetensors"))
+        _restore_parameters(place / name, member.model)
         _restore_moments(member, load_file(place / name / "optimizer.safetensors"))
     return manifest["step"]
-
-
-@contextmanager
-def atomic_folder(place: Path) -> Iterator[Path]:
-    """A fresh folder beside `place` that takes its name once the block has ended well, and vanishes if it has not."""
-    fresh = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        for file in fresh.rglob("*"):
-            _flush(file)
-        if place.exists():
-            shutil.rmtree(place)
-        fresh.rename(place)
-        _flush(place.parent)
-    except OSError as error:
-        raise machine_error(error, place) from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
-def machine_error(error: OSError, place: Path) -> MachineError:
-    """One line for a failure of the disk, with the remedy."""
-    remedy = "free some space and resume" if error.errno == errno.ENOSPC else "nothing there was changed"
-    return MachineError(f"{place} could not be written: {error.strerror or error}; {remedy}")
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -120,40 +161,58 @@ def _steps(folder: Path) -> list[Path]:
     return sorted(place for place in folder.glob("step-*") if place.is_dir() and place.name[5:].isdecimal())
 
 
-def _write_manifest(fresh: Path, step: int) -> None:
+def _dropped(folder: Path, retention: Retention) -> list[Path]:
+    places = _steps(folder)
+    kept = set(places[-retention.newest :])
+    if retention.every is not None:
+        kept |= {place for place in places if int(place.name[5:]) % retention.every == 0}
+    if retention.best:
+        scores = {place: (_read_manifest(place) or {}).get("score") for place in places}
+        scored = {place: score for place, score in scores.items() if score is not None}
+        kept |= {min(scored, key=lambda place: (scored[place], place))} if scored else set()
+    return [place for place in places if place not in kept]
+
+
+def _write_manifest(fresh: Path, step: int, score: float | None) -> None:
     files = sorted(file for file in fresh.rglob("*") if file.is_file())
     entries = {str(file.relative_to(fresh)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    (fresh / "manifest.json").write_text(json.dumps({"step": step, "files": entries}, indent=1))
+    (fresh / "manifest.json").write_text(json.dumps({"step": step, "score": score, "files": entries}, indent=1))
 
 
-def sha256(file: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _read_manifest(place: Path) -> dict[str, Any] | None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        manifest = json.loads((place / "manifest.json").read_text())
+        well_formed = isinstance(manifest["step"], int) and all(
+            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in manifest["files"].values()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if well_formed and manifest["files"] else None
 
 
-def _restore_parameters(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    # Tied tensors are stored once, so the file may name fewer tensors than the model does, but never fewer storages.
-    report = model.load_state_dict(tensors, strict=False)
+# ---- tensors -----------------------------------------------------------------------------------
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _restore_parameters(folder: Path, model: PreTrainedModel) -> None:
+    tensors = load_file(folder / "model.safetensors")
     state = model.state_dict()
+    wrong = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
     restored = {state[name].data_ptr() for name in tensors if name in state}
-    lost = [name for name in report.missing_keys if state[name].data_ptr() not in restored]
-    if lost or report.unexpected_keys:
-        raise UserError(f"the checkpoint is of another model: {(lost + report.unexpected_keys)[0]} does not match")
+    # Tied tensors are stored once, so the file may name fewer tensors than the model does, but never fewer storages.
+    wrong += [name for name, tensor in state.items() if tensor.data_ptr() not in restored]
+    if wrong:
+        raise UserError(
+            f"{folder}: the checkpoint is of a model of another shape ({wrong[0]} does not match); resume with the "
+            "configuration that it was made with"
+        )
+    model.load_state_dict(tensors, strict=False)
 
 
-# ---- optimizer moments -------------------------------------------------------------------------
-
-
-def _moments(member: Trained) -> dict[str, torch.Tensor]:
+def _moments(member: Trained) -> dict[str, Tensor]:
     return {
         f"{moment}/{name}": tensor
         for name, parameter in member.model.named_parameters()
@@ -161,7 +220,7 @@ def _moments(member: Trained) -> dict[str, torch.Tensor]:
     }
 
 
-def _restore_moments(member: Trained, moments: Mapping[str, torch.Tensor]) -> None:
+def _restore_moments(member: Trained, moments: Mapping[str, Tensor]) -> None:
     parameters = dict(member.model.named_parameters())
     member.optimizer.state.clear()
     for key, tensor in moments.items():

@@ -6,7 +6,7 @@ Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -42,6 +42,9 @@ def train(
     out: Annotated[Path | None, Parameter(help="The run folder; by default runs/ and the recipe's name.")] = None,
     resume: Annotated[bool, Parameter(negative="", help="Continue the unfinished run in the folder.")] = False,
     fresh: Annotated[bool, Parameter(negative="", help="Replace the run in the folder.")] = False,
+    accept_changes: Annotated[
+        bool, Parameter(negative="", help="Resume although settings, text, tokenizer or versions have changed.")
+    ] = False,
     device: Annotated[str | None, Parameter(help="cpu, cuda or cuda:N; by default a GPU if there is one.")] = None,
 ) -> None:
     """Train the members of a run together and write its run folder.
@@ -53,7 +56,7 @@ def train(
         raise UserError("--resume and --fresh exclude each other; give one of them")
     folder = out or _default_folder(source)
     check_teachers(run)
-    _train(run, folder, resume, fresh, device)
+    _train(run, folder, resume=resume, fresh=fresh, accept_changes=accept_changes, device=device)
 
 
 @app.command
@@ -145,7 +148,7 @@ def _default_folder(source: str) -> Path:
     return Path("runs") / (path.stem if path.suffix else source.replace(":", "-"))
 
 
-def _train(run: Run, folder: Path, resume: bool, fresh: bool, device: str | None) -> None:
+def _train(run: Run, folder: Path, **options: Any) -> None:
     from codistill.progress import shown
 
     with shown("loading", 1):
@@ -154,7 +157,7 @@ def _train(run: Run, folder: Path, resume: bool, fresh: bool, device: str | None
         from codistill.train import train as train_run
     try:
         with shown("training", run.steps) as advance:
-            train_run(run, folder, resume=resume, fresh=fresh, device=device, advance=advance)
+            train_run(run, folder, advance=advance, **options)
     except Stopped:
         _out.print(f"stopped and saved; to go on: codistill train {folder / 'run.yaml'} --resume", markup=False)
         sys.exit(STOPPED)

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from codistill.errors import UserError
 from codistill.kernels import CohortLoss, Edge, linear_cohort_loss
 from codistill.members import Predictor
 from codistill.objectives import Batch
 from codistill.schedules import Schedule, constant
 from codistill.seeds import seed_of
+from codistill.watch import Failure, Watch
 
 
 @dataclass
@@ -68,7 +68,8 @@ class Cohort:
     """Members that see the same batches, and who learns from whom.
 
     `precision` is the dtype of the backbones' matrix products: torch.float32, or torch.bfloat16 under autocast;
-    parameters, logits and losses are float32 either way.
+    parameters, logits and losses are float32 either way. A step in which a loss or gradient is not finite changes no
+    parameter; with `skip_non_finite` the next one goes on, without it no later step changes any either.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Cohort:
         *,
         seed: int = 0,
         precision: torch.dtype = torch.float32,
+        skip_non_finite: bool = False,
         rank: int = 0,
     ):
         self.members = {member.name: member for member in members}
@@ -85,7 +87,7 @@ class Cohort:
         self.seed, self.precision, self.rank = seed, precision, rank
         self.trained = [member for member in members if member.is_trained]
         self.device = self.trained[0].parameters[0].device
-        self._failure = Failure([member.name for member in self.trained], self.device)
+        self._watch = Watch([member.name for member in self.trained], self.device, skip_non_finite)
 
     def step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One update of every trained member, all from the parameters before the step; returns device scalars.
@@ -105,9 +107,13 @@ class Cohort:
         metrics |= self._update(step, metrics)
         return metrics
 
-    def raise_failure(self) -> None:
-        """Raises `NonFiniteError` if an update was suppressed; waits for the device, so call it when logging."""
-        self._failure.raise_if_any()
+    def failure(self) -> Failure | None:
+        """What went wrong, if updates are suppressed; waits for the device, so ask when logging."""
+        return self._watch.failure()
+
+    def num_skipped(self) -> int:
+        """How many steps were skipped because something in them was not finite; waits for the device."""
+        return int(self._watch.skipped)
 
     # ---- the parts of a step ---------------------------------------------------------------------
 
@@ -144,42 +150,10 @@ class Cohort:
     def _update(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Clips and steps every trained member, unless anything in this or an earlier step was not finite."""
         norms = [torch.nn.utils.clip_grad_norm_(m.parameters, m.clip) for m in self.trained]
-        suppressed = self._failure.observe(step, [metrics[f"{m.name}/hard"] for m in self.trained], norms)
+        suppressed = self._watch.observe(step, [metrics[f"{m.name}/hard"] for m in self.trained], norms)
         for member in self.trained:
             _step_optimizer(member, member.lr(step), suppressed)
         return {f"{m.name}/grad_norm": norm for m, norm in zip(self.trained, norms, strict=True)}
-
-
-class NonFiniteError(UserError):
-    """A loss or gradient was not finite; no parameter was changed in that step or since."""
-
-
-class Failure:
-    """Remembers on the device the first step at which a loss or gradient was not finite, and whose it was."""
-
-    def __init__(self, names: Sequence[str], device: torch.device):
-        self.names = list(names)
-        self.step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.broken_M = torch.zeros(len(self.names), dtype=torch.bool, device=device)
-
-    def observe(self, step: int, hard: Sequence[Tensor], norms: Sequence[Tensor]) -> Tensor:
-        """1.0 if updates are to be suppressed from now on, else 0.0, as a 0-d float32 tensor on the device."""
-        bad_loss_M, bad_norm_M = (~torch.stack(list(values)).isfinite() for values in (hard, norms))
-        # A member with a broken loss breaks its students' gradients too: name it, and not them.
-        broken_M = torch.where(bad_loss_M.any(), bad_loss_M, bad_norm_M)
-        is_first = (self.step < 0) & broken_M.any()
-        self.broken_M = torch.where(is_first, broken_M, self.broken_M)
-        self.step = torch.where(is_first, step, self.step)
-        return (self.step >= 0).float()
-
-    def raise_if_any(self) -> None:
-        step = int(self.step)
-        if step >= 0:
-            broken = [name for name, bad in zip(self.names, self.broken_M.tolist(), strict=True) if bad]
-            raise NonFiniteError(
-                f"step {step}: the loss or gradient of {' and '.join(broken)} was not finite, so no parameter was "
-                "changed in that step or since; lower `lr` or an edge's weight, or use precision: float32"
-            )
 
 
 def _seed_noise(device: torch.device, seed: int) -> None:

@@ -90,10 +90,16 @@ class BatchSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """A checkpoint every `every` steps and at the end; the newest `keep` stay."""
+    """A checkpoint every `every` steps and at the end.
+
+    The newest `keep` stay, those whose step `keep_every` divides, and with `keep_best` the one with the lowest held-out
+    loss, summed over the trained members, of those that were saved right after an evaluation.
+    """
 
     every: int = limited(1000, low=1)
     keep: int = limited(2, low=1)
+    keep_every: int | None = limited(None, low=1)
+    keep_best: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +119,10 @@ class Logging:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes)."""
+    """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes).
+
+    `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
+    """
 
     recipe: str | None = None
     objective: Objective = field(default_factory=Objective)
@@ -125,6 +134,7 @@ class Run:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     deterministic: bool = False
     seed: int = limited(0, low=0)
+    non_finite: Literal["stop", "skip"] = "stop"
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluation = field(default_factory=Evaluation)
     log: Logging = field(default_factory=Logging)

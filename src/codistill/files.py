@@ -1,0 +1,64 @@
+"""Folders that appear whole or not at all, and what to say when a disk fails."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from codistill.errors import MachineError
+
+
+@contextmanager
+def atomic_folder(place: Path) -> Iterator[Path]:
+    """A fresh folder beside `place` that takes its name once the block has ended well, and vanishes if it has not.
+
+    Every file is flushed before the rename, and the rename too, so that not even a loss of power leaves half a folder
+    under the name. Raises MachineError for a failure of the disk.
+    """
+    fresh = place.with_name(f".{place.name}.partial")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)  # what a killed process left
+        fresh.mkdir(parents=True)
+        yield fresh
+        for inside in [*fresh.rglob("*"), fresh]:
+            _flush(inside)
+        if place.exists():
+            shutil.rmtree(place)
+        fresh.rename(place)
+        _flush(place.parent)
+    except OSError as error:
+        raise machine_error(error, place) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_file(file: Path, text: str) -> None:
+    """Writes `text` so that `file` holds either all of it or what it held before, whatever happens."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    partial.replace(file)
+    _flush(file.parent)
+
+
+def machine_error(error: OSError, place: Path) -> MachineError:
+    """One line for a failure of the disk, with the remedy."""
+    remedy = "free some space and resume" if error.errno == errno.ENOSPC else "what was there before is unchanged"
+    return MachineError(f"{place} could not be written: {error.strerror or error}; {remedy}")
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,90 @@
+"""`metrics.jsonl`: one object a logged step, and what to say of it beside the progress bar."""
+
+import json
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codistill.scores import Score
+
+# A loss is a spike when it lies this many robust standard deviations above the median of the lines before it.
+_DEVIATIONS, _LINES_BEFORE, _LINES_NEEDED = 8.0, 50, 10
+_MAD_TO_DEVIATION = 1.4826  # of a normal distribution
+
+
+class MetricsLog:
+    """Appends to a metrics file. Lines after step `first` are dropped on opening: they are about to be redone."""
+
+    def __init__(self, file: Path, first: int, tokens_per_step: int):
+        self.file, self.first, self.tokens_per_step = file, first, tokens_per_step
+        kept = [line for line in read_metrics(file) if line["step"] <= first]
+        self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
+        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.started = time.monotonic()
+        self.recent: dict[str, deque[float]] = {}
+        for line in kept[-_LINES_BEFORE:]:
+            self._remember(line)
+
+    @property
+    def seconds(self) -> float:
+        """Spent on the run so far, before it was resumed included."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def write(self, step: int, metrics: Mapping[str, torch.Tensor], skipped: int = 0) -> str:
+        """Logs device scalars, waiting for them once; returns a note for the progress bar."""
+        values = torch.stack([value.float() for value in metrics.values()]).tolist()
+        named: dict[str, Any] = dict(zip(metrics, values, strict=True))
+        spikes = self.spikes(named)
+        self._remember(named)
+        line = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)} | named
+        self._append(line | ({"spikes": spikes} if spikes else {}) | ({"skipped": skipped} if skipped else {}))
+        rate = (step - self.first) * self.tokens_per_step / (time.monotonic() - self.started)
+        losses = " ".join(f"{key.removesuffix('/hard')} {value:.3f}" for key, value in _hard(named).items())
+        return f"{losses} | {rate:,.0f} tokens/s" + (f" | spike: {', '.join(spikes)}" if spikes else "")
+
+    def write_held_out(self, step: int, scores: Mapping[str, Score]) -> None:
+        """Logs the held-out scores after `step` steps."""
+        table = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in scores.items()}
+        self._append({"step": step, "seconds": round(self.seconds, 3), "held_out": table})
+
+    def spikes(self, named: Mapping[str, float]) -> list[str]:
+        """The members whose hard loss lies far above its recent course."""
+        found = []
+        for key, value in _hard(named).items():
+            before = self.recent.get(key, ())
+            if len(before) >= _LINES_NEEDED:
+                median = statistics.median(before)
+                deviation = _MAD_TO_DEVIATION * statistics.median(abs(loss - median) for loss in before)
+                if value - median > _DEVIATIONS * max(deviation, 1e-3):
+                    found.append(key.removesuffix("/hard"))
+        return found
+
+    def _remember(self, named: Mapping[str, Any]) -> None:
+        for key, value in _hard(named).items():
+            self.recent.setdefault(key, deque(maxlen=_LINES_BEFORE)).append(value)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; what follows a line that a crash cut short does not count."""
+    if not file.exists():
+        return []
+    lines = []
+    for text in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def _hard(named: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in named.items() if key.endswith("/hard")}

@@ -1,0 +1,124 @@
+"""A run's folder: whether a run may use it, what has changed since it was made, and what is written when it ends."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from codistill.build import Built
+from codistill.config import Run
+from codistill.errors import UserError
+from codistill.files import atomic_folder, machine_error, write_file
+from codistill.loading import load, read_run, to_dict, to_yaml
+from codistill.scores import Score
+
+# What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
+_DETERMINING = ("data", "tokenizer", "members", "versions")
+
+
+def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
+    """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if resume:
+            raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
+        return
+    if not (out / "run.yaml").is_file():
+        raise UserError(f"{out} exists and is no run folder (it has no run.yaml); give another --out")
+    if fresh:
+        return
+    if not resume:
+        state = "a finished" if (out / "results.json").exists() else "an unfinished"
+        raise UserError(f"{out} holds {state} run; --resume continues it, --fresh replaces it, --out goes elsewhere")
+    changes = _changed_settings(load(read_run(out / "run.yaml")), run)
+    if changes and not accept_changes:
+        raise UserError(
+            f"{out} holds another run: {changes[0]}; resume it as it is with `codistill train {out / 'run.yaml'} "
+            "--resume`, go on with the change with --accept-changes, or give another --out"
+        )
+
+
+def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resume: bool, accept_changes: bool) -> None:
+    """Raises UserError where text, tokenizer, pre-trained members or versions are not what the run was made with.
+
+    Without it the numbers would silently be of something else. A configuration without provenance has no such past.
+    """
+    before = load(read_run(out / "run.yaml")).provenance if resume else run.provenance
+    for key in _DETERMINING if resume else _DETERMINING[:-1]:
+        was, now = (before or {}).get(key), provenance[key]
+        if was is not None and was != now and not accept_changes:
+            raise UserError(
+                f"provenance.{key}: the run was made with {_difference(was, now)}; bring the old one back, or accept "
+                f"{'it with --accept-changes' if resume else 'what is there by removing `provenance` from the file'}"
+            )
+
+
+def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
+    """Makes the folder of a new run; in a resumed one whose configuration changed, keeps the old one beside."""
+    try:
+        if fresh and out.exists():
+            shutil.rmtree(out)
+        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        file, text = out / "run.yaml", to_yaml(run)
+        if resume and file.read_text(encoding="utf-8") != text:
+            number = len(list(out.glob("run.before-*.yaml")))
+            file.rename(out / f"run.before-{number}.yaml")
+        write_file(file, text)
+    except OSError as error:
+        raise machine_error(error, out) from error
+
+
+def finish(run: Run, built: Built, out: Path, scores: Mapping[str, Score], seconds: float) -> None:
+    """Writes the final members, and `results.json` last of all: it marks a run as finished."""
+    with atomic_folder(out / "members") as fresh:
+        for name, model in built.models.items():
+            model.save_pretrained(fresh / name)
+            built.tokenizer.save_pretrained(fresh / name)
+    results = {
+        "members": {name: _result(run, built, name, score) for name, score in scores.items()},
+        "held_out": {"unigram_loss": built.unigram, "rows": next(iter(scores.values())).rows},
+        "steps": run.steps,
+        "tokens": run.steps * run.batch.sequences * run.data.length,
+        "seconds": round(seconds, 1),
+        "seed": run.seed,
+        "precision": run.precision,
+    }
+    write_file(out / "results.json", json.dumps(results, indent=1))
+
+
+def _result(run: Run, built: Built, name: str, score: Score) -> dict[str, Any]:
+    return {
+        "loss": score.loss,
+        "perplexity": score.perplexity,
+        "accuracy": score.accuracy,
+        "parameters": built.cohort.members[name].predictor.num_parameters,
+        "taught_by": [edge.teacher for edge in run.distillation if edge.student == name],
+        "twin_of": run.members[name].twin_of,
+        "frozen": run.members[name].frozen,
+    }
+
+
+def _changed_settings(old: Run, new: Run) -> list[str]:
+    was, now = (_flat(to_dict(replace(run, provenance=None, precision="auto"))) for run in (old, new))
+    return [
+        f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def _difference(was: Any, now: Any) -> str:
+    """`was …, but now there is …`, cut to what differs."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        return f"{keys[0]} {was.get(keys[0])!r}, but now it is {now.get(keys[0])!r}"
+    return f"{was!r}, but now it is {now!r}"
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
+        return _flat(dict(enumerate(tree)), prefix)
+    return {prefix[:-1]: tree}
