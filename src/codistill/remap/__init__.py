@@ -1,0 +1,1 @@
+"""Parameter remapping: start a model from another of any size."""
