@@ -54,7 +54,7 @@ BERT = Architecture(
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
     },
-    ignored=("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids"),
+    ignored=("pooler.", "cls.seq_relationship.", "embeddings.position_ids"),
     output_norm=("output.LayerNorm.weight", "output.LayerNorm.bias"),
 )
 
@@ -77,7 +77,7 @@ ROBERTA = Architecture(
         "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
         "lm_head.decoder.bias": "lm_head.bias",
     },
-    ignored=("roberta.pooler.", "roberta.embeddings.position_ids"),
+    ignored=("pooler.", "embeddings.position_ids"),
     output_norm=("output.LayerNorm.weight", "output.LayerNorm.bias"),
 )
 
@@ -116,7 +116,7 @@ DISTILBERT = Architecture(
         "output_layer_norm.bias": ">stream",
     },
     aliases={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
-    ignored=("distilbert.embeddings.position_ids",),
+    ignored=("embeddings.position_ids",),
     output_norm=("output_layer_norm.weight", "output_layer_norm.bias"),
 )
 
