@@ -1,1 +1,6 @@
-"""Parameter remapping: start a model from another of any size."""
+"""Parameter remapping: start a model from another of any size (`docs/remap.md`)."""
+
+from codistill.remap.files import initial_state, remap_folder
+from codistill.remap.states import remap_state
+
+__all__ = ["initial_state", "remap_folder", "remap_state"]

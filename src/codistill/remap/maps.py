@@ -206,7 +206,7 @@ def _silent_maps(plain: Map, scale: Tensor, *, centring: bool, tied: bool) -> di
 
     A masked-LM head norms what an activation function has made: nothing silent keeps its mean, so it has copies.
     """
-    keep, one, narrow = plain.keep, plain.write, plain.narrow
+    keep, one = plain.keep, plain.write
     down = 1 / scale if tied else one
     write = scale if centring else keep * scale
     return {
