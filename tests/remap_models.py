@@ -3,6 +3,7 @@
 import contextlib
 from unittest import mock
 
+import pytest
 import torch
 from transformers import (
     BertConfig,
@@ -31,6 +32,15 @@ CLASSES = {
     "llama": LlamaForCausalLM,
     "gpt2": GPT2LMHeadModel,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small take longer to hand to a second thread than to work through."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def config_of(family, layers=2, width=8, heads=2, ffn=12, **more):

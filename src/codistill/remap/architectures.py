@@ -86,8 +86,8 @@ class Role:
 @cache
 def role(text: str) -> Role:
     """The role that a line of a description spells."""
-    text, _, switch = text.partition("?")
-    switch = switch.strip() or None
+    text, _, field = text.partition("?")
+    switch = field.strip() or None
     if ">" in text:
         before, after = text.strip().split(">")
         return Role((Axis((after,)),), before or None, norm=True, switch=switch)

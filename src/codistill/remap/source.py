@@ -102,6 +102,5 @@ def check_pair(source: Any, target: Any) -> Architecture:
 
 def _fields_to_agree(architecture: Architecture) -> set[str]:
     lines = (*architecture.outside.values(), *architecture.layer.values())
-    switches = {role(line).switch for line in lines} - {None}
     activations = {"hidden_act", "hidden_activation", "classifier_activation", "activation", "activation_function"}
-    return activations | switches  # type: ignore[return-value]
+    return activations | {switch for line in lines if (switch := role(line).switch)}
