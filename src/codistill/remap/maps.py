@@ -106,25 +106,27 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _weighted(tensor: Tensor, dim: int, weight: Tensor) -> Tensor:
+def _along(dim: int, weight: Tensor, tensor: Tensor) -> Tensor:
+    """`weight` shaped to multiply the dimension `dim` of `tensor`, in the precision of products."""
     sizes = [1] * tensor.ndim
     sizes[dim] = -1
-    dtype = wider(tensor.dtype)
-    return tensor.to(dtype) * weight.to(dtype).view(sizes)
+    return weight.to(wider(tensor.dtype)).view(sizes)
 
 
 def gather(tensor: Tensor, dim: int, units: Tensor, weight: Tensor) -> Tensor:
     """out[j] = weight[j] · tensor[units[j]] along `dim`; weights of one copy bit by bit."""
     wide = tensor.index_select(dim, units)
-    return wide if bool((weight == 1).all()) else _weighted(wide, dim, weight).to(tensor.dtype)
+    if bool((weight == 1).all()):
+        return wide
+    return wide.to(wider(tensor.dtype)).mul_(_along(dim, weight, tensor)).to(tensor.dtype)
 
 
 def merge(tensor: Tensor, dim: int, units: Tensor, weight: Tensor, size: int) -> Tensor:
     """out[i] = Σ weight[j] · tensor[j] over the j with units[j] = i, along `dim`."""
     sizes = list(tensor.shape)
     sizes[dim] = size
-    out = torch.zeros(sizes, dtype=wider(tensor.dtype))
-    return out.index_add_(dim, units, _weighted(tensor, dim, weight)).to(tensor.dtype)
+    weighted = tensor.to(wider(tensor.dtype)) * _along(dim, weight, tensor)
+    return torch.zeros(sizes, dtype=weighted.dtype).index_add_(dim, units, weighted).to(tensor.dtype)
 
 
 def first_copies(units: Tensor, narrow: int) -> Tensor:
