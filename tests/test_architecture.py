@@ -13,7 +13,7 @@ FLOORS = [
     {"schedules", "divergences", "data", "checkpoint"},
     {"config"},
     {"loading"},
-    {"objectives", "recipes", "kernels"},
+    {"objectives", "recipes", "kernels", "remap", "provenance"},
     {"members", "watch"},
     {"cohort", "scores"},
     {"build"},

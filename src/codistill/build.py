@@ -1,14 +1,15 @@
 """From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
 
-import platform
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,11 +21,13 @@ from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
-from codistill.files import sha256
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, MaskedLM
 from codistill.progress import preparing
+from codistill.provenance import pre_trained, provenance
+from codistill.remap import initial_state, learn_growth, read_config
 from codistill.scores import unigram_cross_entropy
+from codistill.seeds import seed_of
 
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
 
@@ -67,14 +70,14 @@ def build(run: Run, device: torch.device) -> Built:
         accumulate=run.batch.accumulate,
         seed=run.seed,
     )
-    models = {name: _model(run, name, loaded, tokenizer, device) for name in run.members}
+    models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
     return Built(
         cohort=_cohort(run, models, vocabulary_size(tokenizer)),
         batches=batches,
         held_out=[to_device(batch, device) for batch in masked],
         unigram=unigram_cross_entropy(corpus.unigram_counts(), masked),
         tokenizer=tokenizer,
-        provenance=_provenance(run, [corpus, validation], tokenizer, device),
+        provenance=provenance(run, [corpus, validation], tokenizer, device),
         models=models,
     )
 
@@ -115,6 +118,7 @@ def _model(
     name: str,
     loaded: dict[str, PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
+    batches: Batches,
     device: torch.device,
 ) -> PreTrainedModel:
     config = run.members[name].model
@@ -130,7 +134,41 @@ def _model(
             seed=run.seed,
             name=run.members[name].twin_of or name,
         )
+        _initialise(model, run, name, batches)
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
+
+
+def _initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) -> None:
+    """Replaces random parameters by those of `init`, if the member has one."""
+    init = run.members[name].init
+    if init is None:
+        return
+    source = Path(init.from_)
+    seed = seed_of(run.seed, "remapping", run.members[name].twin_of or name)
+    if init.learned is None:
+        state = initial_state(source, model.config, depth=init.depth, width=init.width, seed=seed, noise=init.noise)
+    else:
+        state = learn_growth(
+            load_model(init.from_, f"members.{name}.init.from").state_dict(),
+            read_config(source),
+            model.config,
+            _loss_on(model, batches),
+            steps=init.learned,
+            seed=seed,
+        )
+    model.load_state_dict(state)
+
+
+def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Tensor]], Tensor]:
+    """A function from a state of `model` to its loss on the run's first batches, one after the other."""
+    steps = count()
+
+    def loss_of(state: dict[str, Tensor]) -> Tensor:
+        batch = batches.at(next(steps))[0]
+        logits_BTV = functional_call(model.eval(), state, kwargs=dict(batch.inputs)).logits
+        return cross_entropy(logits_BTV.flatten(0, 1)[batch.rows_N], batch.labels_N)
+
+    return loss_of
 
 
 def _cohort(run: Run, models: dict[str, PreTrainedModel], vocabulary: int) -> Cohort:
@@ -186,9 +224,8 @@ def _check_sources(run: Run) -> None:
 def _tokenizer_spec(run: Run) -> str:
     if run.data.tokenizer is not None:
         return run.data.tokenizer
-    for member in run.members.values():
-        if member.path is not None:
-            return member.path
+    for path in pre_trained(run).values():
+        return path
     raise UserError(
         "data.tokenizer: none is named and no member is pre-trained; give a tokenizer folder, a vocab.txt, or "
         "train:wordpiece:4096 to train one on data.train"
@@ -197,11 +234,11 @@ def _tokenizer_spec(run: Run) -> str:
 
 def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
     wanted = tokenizer_hash(tokenizer)
-    for name, member in run.members.items():
-        own = load_own_tokenizer(member.path) if member.path else None
+    for name, path in pre_trained(run).items():
+        own = load_own_tokenizer(path)
         if own is not None and tokenizer_hash(own) != wanted:
             raise UserError(
-                f"members.{name}.path: {member.path!r} has another tokenizer than the run's "
+                f"members.{name}: {path!r} has another tokenizer than the run's "
                 f"({run.data.tokenizer or 'that of its first pre-trained member'}): {_difference(own, tokenizer)}; "
                 "members can teach one another only over one vocabulary"
             )
@@ -224,33 +261,3 @@ def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) ->
     positions = model.config.max_position_embeddings
     if positions < run.data.length:
         raise UserError(f"data.length: {run.data.length} is more than the {positions} positions of members.{name}")
-
-
-# ---- provenance --------------------------------------------------------------------------------
-
-
-def _provenance(
-    run: Run, corpora: list[Corpus], tokenizer: PreTrainedTokenizerFast, device: torch.device
-) -> dict[str, Any]:
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("codistill", "torch", "transformers", "tokenizers")},
-        },
-        "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads(),
-            "system": sys.platform,
-        },
-        "data": {
-            name: {key: corpus.manifest[key] for key in ("identity", "documents", "tokens")}
-            for name, corpus in zip(("train", "validation"), corpora, strict=True)
-        },
-        "tokenizer": tokenizer_hash(tokenizer),
-        "members": {n: _weights_hash(m.path) for n, m in run.members.items() if m.path is not None},
-    }
-
-
-def _weights_hash(path: str) -> str:
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    return " ".join(sha256(file)[:16] for file in files) or "from the hub"

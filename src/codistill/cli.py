@@ -81,6 +81,29 @@ def show(source: Source, /, *, set_: Settings = None) -> None:
 
 
 @app.command
+def remap(
+    source: Annotated[Path, Parameter(help="A model folder, as a run's members/NAME.")],
+    /,
+    *,
+    to: Annotated[Path, Parameter(help="The config.json of the model to make, or a folder with one.")],
+    out: Annotated[Path, Parameter(help="The folder to write; it appears whole or not at all.")],
+    depth: Annotated[str | None, Parameter(help="A way (docs/remap.md), or source layers as in 0,1,2,2.")] = None,
+    width: Annotated[str | None, Parameter(help="A way (docs/remap.md), where the widths differ.")] = None,
+    noise: Annotated[float, Parameter(help="How unevenly copies share what reads them; 0: exactly alike.")] = 0.0,
+    seed: Annotated[int, Parameter(help="Of whatever a way draws at random.")] = 0,
+) -> None:
+    """Make a model of another size from a model.
+
+    Example: codistill remap runs/small/members/large --to bigger/config.json --depth stack --out grown
+    """
+    from codistill.remap import remap_folder
+
+    layers = [int(part) for part in depth.split(",")] if depth and depth[0].isdigit() else depth
+    remap_folder(source, to, out=out, depth=layers, width=width, noise=noise, seed=seed)
+    _out.print(f"{out}: a model folder, from {source}", markup=False)
+
+
+@app.command
 def prepare(
     sources: Annotated[list[str], Parameter(help="Files, folders or globs of .txt, .jsonl(.gz|.zst) and .parquet.")],
     /,

@@ -51,14 +51,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemberConfig:
-    """A model of the cohort: `model` (random initialisation) or `path` (a Hugging Face folder or hub name).
+class InitConfig:
+    """What a member starts from instead of random numbers (docs/remap.md).
 
+    `from`: a model folder, as a finished run's members/NAME or a checkpoint's NAME. `depth` and `width` are ways of
+    `codistill.remap`, or a list of source layers; `learned` steps of LiGO on the run's own text.
+    """
+
+    from_: str
+    depth: list[int] | str | None = None
+    width: str | None = None
+    noise: float = limited(0.0, low=0)
+    learned: int | None = limited(None, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemberConfig:
+    """A model of the cohort: `model` (a new one) or `path` (a Hugging Face folder or hub name).
+
+    A new one starts at random, or with `init` from another model of any size.
     `twin_of` names a member whose settings, initialisation and noise this one shares, for a paired comparison.
     """
 
     model: ModelConfig | None = None
     path: str | None = None
+    init: InitConfig | None = None
     twin_of: str | None = None
     frozen: bool = False
     hard_weight: Spec = field(default=1.0)

@@ -104,7 +104,9 @@ def _value(kind: Any, value: Any, field: str, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) in (Union, UnionType):
         if value is None and NoneType in get_args(kind):
             return None
-        return _value(next(arm for arm in get_args(kind) if arm is not NoneType), value, field, limits)
+        arms = [arm for arm in get_args(kind) if arm is not NoneType]
+        fitting = [arm for arm in arms if (get_origin(arm) is list) == isinstance(value, list)]
+        return _value((fitting or arms)[0], value, field, limits)
     if dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, field)
     if get_origin(kind) is dict:
@@ -136,8 +138,9 @@ def _scalar(kind: Any, value: Any, field: str, limits: Mapping[str, Any]) -> Any
 
 def _dataclass(kind: Any, value: Any, field: str) -> Any:
     _expect(isinstance(value, Mapping), field, value, "a mapping")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    hints = get_type_hints(kind)
+    # A name that Python reserves has an underscore there, and none here.
+    fields = {f.name.rstrip("_"): f for f in dataclasses.fields(kind)}
+    hints = {name.rstrip("_"): hint for name, hint in get_type_hints(kind).items()}
     for key in value:
         if key not in fields:
             place = f"{field}.{key}" if field else str(key)
@@ -148,7 +151,7 @@ def _dataclass(kind: Any, value: Any, field: str) -> Any:
     for name, f in fields.items():
         if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise UserError(f"{prefix}{name}: missing; every {kind.__name__.removesuffix('Config').lower()} needs one")
-    return kind(**{k: _value(hints[k], v, prefix + k, fields[k].metadata) for k, v in value.items()})
+    return kind(**{fields[k].name: _value(hints[k], v, prefix + k, fields[k].metadata) for k, v in value.items()})
 
 
 def _expect(condition: bool, field: str, value: Any, wanted: str) -> None:
@@ -202,6 +205,8 @@ def _check_member(name: str, member: Any) -> None:
         raise UserError(f"members: {name!r} cannot name a member; use letters, digits, - and _ (it becomes a folder)")
     if (member.model is None) == (member.path is None):
         raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")
+    if member.init is not None and member.path is not None:
+        raise UserError(f"members.{name}.init: a member with a `path` has its parameters already; give `model` instead")
     if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
         raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
     model = member.model
@@ -272,5 +277,5 @@ def _copied(tree: Any) -> Any:
 
 def _without_none(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key: _without_none(value) for key, value in tree.items() if value is not None}
+        return {key.rstrip("_"): _without_none(value) for key, value in tree.items() if value is not None}
     return [_without_none(value) for value in tree] if isinstance(tree, list) else tree

@@ -1,7 +1,7 @@
 """Parameter remapping: start a model from another of any size (`docs/remap.md`)."""
 
-from codistill.remap.files import initial_state, remap_folder
+from codistill.remap.files import initial_state, read_config, remap_folder
 from codistill.remap.learned import learn_growth
 from codistill.remap.states import remap_state
 
-__all__ = ["initial_state", "learn_growth", "remap_folder", "remap_state"]
+__all__ = ["initial_state", "learn_growth", "read_config", "remap_folder", "remap_state"]
