@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from codistill import checkpoint
 from codistill.build import build
+from codistill.cli import main
 from codistill.errors import MachineError, UserError
 from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.recipes import RECIPES, find
@@ -27,19 +28,38 @@ CPU = torch.device("cpu")
 
 
 def in_new_process(statement: str) -> None:
-    code = f"from codistill.cli import main; from codistill.train import *; {statement}"
+    code = f"""
+from pathlib import Path
+from codistill.loading import load, read_run
+from codistill.train import Stopped, train
+def go(run, out, stop_at):
+    try:
+        train(run, Path(out), resume=True, stop_at=stop_at)
+    except Stopped:
+        assert stop_at
+{statement}"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, env=environment, timeout=120)
 
 
+def last_step_of_the_first_epoch(run) -> int:
+    rows = build(replace(run, precision="float32"), CPU).batches.num_rows
+    assert rows // run.batch.sequences + 1 < run.steps, "the run must go beyond one epoch"
+    return rows // run.batch.sequences
+
+
 @pytest.mark.parametrize("recipe", ["standalone", "dwt", "ctcd", "community"])
 def test_a_resumed_run_is_the_straight_run_bit_for_bit(recipe, text, teacher, tmp_path):
+    """In new processes, stopped in mid-epoch, in the batch where an epoch ends, and just after it."""
     run = with_teachers(recipe, text, teacher)
     straight = train(run, tmp_path / "straight")
+    end = last_step_of_the_first_epoch(run)
     with pytest.raises(Stopped):
         train(run, tmp_path / "resumed", stop_at=7)
     assert not (tmp_path / "resumed" / "results.json").exists()
-    in_new_process(f"main(['train', {str(tmp_path / 'resumed' / 'run.yaml')!r}, '--resume'])")
+    resumed = f"load(read_run(Path({str(tmp_path / 'resumed' / 'run.yaml')!r})))"
+    again = f"go({resumed}, {str(tmp_path / 'resumed')!r}, {{}})"
+    in_new_process("; ".join(again.format(stop) for stop in (end, end + 1, None)))
     assert_same_run(straight, tmp_path / "resumed")
 
 
@@ -127,6 +147,37 @@ def test_a_signal_saves_and_says_how_to_go_on(number, status, text, tmp_path):
     assert process.returncode == status
     assert f"to go on: codistill train {tmp_path / 'run' / 'run.yaml'} --resume" in output
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_the_command_that_resumes_resumes(text, tmp_path):
+    run = small_run("standalone", text, "steps=6")
+    straight = train(run, tmp_path / "straight")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "resumed", stop_at=3)
+    main(["train", str(tmp_path / "resumed" / "run.yaml"), "--resume"])
+    assert_same_run(straight, tmp_path / "resumed")
+
+
+def test_a_second_interrupt_quits_at_once(text, tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from codistill.cohort import Cohort
+from codistill.loading import load, read_run
+from codistill.train import train
+def step(self, number, batches):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("finishing the step", flush=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("not reached", flush=True)
+Cohort.step = step
+train(load(read_run(Path({str(tmp_path / "run.yaml")!r}))), Path({str(tmp_path / "run")!r}))
+"""
+    (tmp_path / "run.yaml").write_text(to_yaml(small_run("standalone", text)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "finishing the step\n"
+    assert "KeyboardInterrupt" in done.stderr
 
 
 # ---- what is wrong -----------------------------------------------------------------------------
@@ -241,6 +292,24 @@ def test_a_full_disk_is_one_line_and_no_finished_folder(text, tmp_path, monkeypa
     with pytest.raises(MachineError, match="No space left on device; free some space and resume"):
         train(small_run("standalone", text), tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_disk_that_fills_up_loses_no_good_checkpoint(text, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if os.name != "posix" or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs needs root; the simulated full disk is tested above")
+    try:
+        run = small_run("standalone", text, "checkpoint={every: 2, keep: 100}", "steps=40", "log.every=2")
+        with pytest.raises(MachineError, match=r"No space left on device"):
+            train(run, disk / "run")
+        good = checkpoint.newest(disk / "run" / "checkpoints")
+        assert good is not None
+        assert not (disk / "run" / "results.json").exists()
+        assert not list((disk / "run" / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 # ---- starting from another model ---------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from codistill.errors import MachineError
 
 
@@ -29,7 +31,7 @@ def atomic_folder(place: Path) -> Iterator[Path]:
             shutil.rmtree(place)
         fresh.rename(place)
         _flush(place.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise machine_error(error, place) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -44,10 +46,13 @@ def write_file(file: Path, text: str) -> None:
     _flush(file.parent)
 
 
-def machine_error(error: OSError, place: Path) -> MachineError:
+def machine_error(error: OSError | SafetensorError, place: Path) -> MachineError:
     """One line for a failure of the disk, with the remedy."""
-    remedy = "free some space and resume" if error.errno == errno.ENOSPC else "what was there before is unchanged"
-    return MachineError(f"{place} could not be written: {error.strerror or error}; {remedy}")
+    # safetensors tells what the system said in words only.
+    what = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    is_full = os.strerror(errno.ENOSPC) in what
+    remedy = "free some space and resume" if is_full else "what was there before is unchanged"
+    return MachineError(f"{place} could not be written: {what}; {remedy}")
 
 
 def sha256(file: Path) -> str:
