@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import codistill
 from codistill.cli import main
 from codistill.loading import load, parse_yaml
 from codistill.recipes import RECIPES, find
@@ -69,6 +70,20 @@ def test_answers_that_need_no_torch_import_none(arguments):
 
 def test_the_generated_help_is_current():
     subprocess.run([sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"], check=True)
+
+
+def test_the_readmes_python_runs(capsys):
+    block = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(block, {})
+    assert capsys.readouterr().out.count("large/from_small") == 3
+
+
+def test_the_public_names_are_what_they_say():
+    assert set(codistill.__all__) == set(codistill._HOME)
+    for name in codistill.__all__:
+        assert getattr(codistill, name).__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        codistill.Trainer  # noqa: B018
 
 
 def test_every_recipe_in_the_concepts_exists():

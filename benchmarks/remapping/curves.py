@@ -17,7 +17,8 @@ STARTS = {
     "repeat-last": {"from": "WEAK", "depth": "repeat-last"},
     "stack": {"from": "WEAK", "depth": "stack"},
     "interpolate": {"from": "WEAK", "depth": "interpolate"},
-    "replicate": {"from": "NARROW", "width": "replicate"},
+    # Equal copies stay equal without dropout; the noise keeps the function and lets them part.
+    "replicate": {"from": "NARROW", "width": "replicate", "noise": 0.1},
 }
 RATES = {"fast": 3e-3, "slow": 1e-3}
 

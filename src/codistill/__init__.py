@@ -1,1 +1,55 @@
-"""Train language models together, so that they teach one another while they learn."""
+"""Train language models together, so that they teach one another while they learn.
+
+The public names; each is imported when first used, so that `import codistill` does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from codistill.cohort import Cohort, Distillation, Member
+    from codistill.config import Run
+    from codistill.kernels import Edge, linear_cohort_loss
+    from codistill.loading import load as load_run
+    from codistill.members import Predictor
+    from codistill.objectives import Batch
+    from codistill.recipes import find as find_recipe
+    from codistill.remap import remap_folder
+    from codistill.train import train
+
+_HOME = {
+    "Batch": ("objectives", "Batch"),
+    "Cohort": ("cohort", "Cohort"),
+    "Distillation": ("cohort", "Distillation"),
+    "Edge": ("kernels", "Edge"),
+    "Member": ("cohort", "Member"),
+    "Predictor": ("members", "Predictor"),
+    "Run": ("config", "Run"),
+    "find_recipe": ("recipes", "find"),
+    "linear_cohort_loss": ("kernels", "linear_cohort_loss"),
+    "load_run": ("loading", "load"),
+    "remap_folder": ("remap", "remap_folder"),
+    "train": ("train", "train"),
+}
+
+__all__ = [
+    "Batch",
+    "Cohort",
+    "Distillation",
+    "Edge",
+    "Member",
+    "Predictor",
+    "Run",
+    "find_recipe",
+    "linear_cohort_loss",
+    "load_run",
+    "remap_folder",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'codistill' has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    return getattr(import_module(f"codistill.{module}"), attribute)
