@@ -1,5 +1,6 @@
 """Remapping of Hugging Face folders, tensor by tensor, so that no more than one output shard is ever in memory."""
 
+import copy
 import json
 import os
 import shutil
@@ -43,10 +44,11 @@ def remap_folder(
     with new_folder(Path(out)) as folder:
         tensors = remapped(open_source(Path(source), before), before, after, **ways)  # type: ignore[arg-type]
         dtype = write_shards(folder, tensors, shard_bytes)
-        after.architectures, after.dtype = [describe(after).model_class], dtype
-        after.save_pretrained(folder)
+        config = copy.deepcopy(after)
+        config.architectures, config.dtype = [describe(after).model_class], dtype
+        config.save_pretrained(folder)
         for pattern in BESIDES:
-            for file in Path(source).glob(pattern):
+            for file in filter(Path.is_file, Path(source).glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
     return Path(out)
 
