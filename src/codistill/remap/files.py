@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codistill.errors import MachineError, UserError
+from codistill.files import atomic_folder
 from codistill.remap.families import ARCHITECTURES, describe
 from codistill.remap.source import Fetch, fetcher
 from codistill.remap.states import Depth, remapped, with_tied
@@ -176,25 +176,11 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is gone when it does not."""
+    """A folder beside `out` that becomes `out` when the block ends well. Raises `UserError` if there is one already."""
     if out.exists():
         raise UserError(f"{out} exists already: choose a new folder, nothing is overwritten")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise MachineError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with atomic_folder(out) as folder:
+            yield folder
+    except SafetensorError as error:
+        raise MachineError(f"{out} could not be written: {error}") from error
