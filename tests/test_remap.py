@@ -129,6 +129,16 @@ def test_a_naive_identity_layer_fails_with_trained_norms(family):
     assert distance(model, build(target, state)) > 0.1
 
 
+def test_a_post_norm_identity_layer_counts_epsilon_again():
+    """Its error is that of ε, and nothing else: 100 times smaller with it."""
+    far = []
+    for epsilon in (1e-5, 1e-7):
+        config, target = (config_of("roberta", layers, 16, layer_norm_eps=epsilon) for layers in (2, 4))
+        far.append(distance(*moved(config, target, depth="identity")))
+    assert 1e-6 < far[0] < 1e-4
+    assert 90 < far[0] / far[1] < 110
+
+
 WIDEN_PAIRS = [("replicate", 1e-12), ("tile", 0.0), ("zero", 1e-12)]
 
 

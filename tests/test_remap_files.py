@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig
 
@@ -124,7 +125,14 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "save_file", full)
-    with pytest.raises(MachineError, match=r"new: cannot be written .*No space left"):
+    with pytest.raises(MachineError, match=r"new could not be written: No space left"):
+        remap_folder(tmp_path / "small", config_of("bert"), out=tmp_path / "new")
+
+    def failed(*_, **__):
+        raise SafetensorError("I/O error")
+
+    monkeypatch.setattr(files, "save_file", failed)
+    with pytest.raises(MachineError, match=r"new could not be written: I/O error"):
         remap_folder(tmp_path / "small", config_of("bert"), out=tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "taken"]
 

@@ -170,6 +170,35 @@ def test_advanced_takes_the_added_units_from_the_next_layer():
                 assert bias[j] == state[LAYER.format(origin, f"{name}.bias")][i]
 
 
+def test_zero_is_silent_and_can_be_woken():
+    """8 → 12 units, FFN 12 → 15, √(12/8) = s: E = s [I; 0] for the stream; what reads the added units is a copy."""
+    config, target = config_of("llama", 1, 8, 2), config_of("llama", 1, 12, 3, 15)
+    old = drawn(config).state_dict()
+    new = remap_state(old, config, target, width="zero")
+    silent = lambda matrix, rows: torch.cat([matrix, torch.zeros(rows, matrix.shape[1])])  # noqa: E731
+    wrap = lambda matrix, n: matrix[torch.arange(n) % len(matrix)]  # noqa: E731
+    s = 1.5**0.5
+    layer = "model.layers.0."
+    expected = {
+        "model.embed_tokens.weight": s * silent(old["model.embed_tokens.weight"].T, 4).T,
+        layer + "input_layernorm.weight": wrap(old[layer + "input_layernorm.weight"], 12) / s,
+        layer + "mlp.up_proj.weight": wrap(wrap(old[layer + "mlp.up_proj.weight"].T, 12).T, 15),
+        layer + "mlp.down_proj.weight": s * silent(silent(old[layer + "mlp.down_proj.weight"], 4).T, 3).T,
+        layer + "self_attn.v_proj.weight": wrap(wrap(old[layer + "self_attn.v_proj.weight"].T, 12).T, 12),
+        "model.norm.weight": wrap(old["model.norm.weight"], 12) / s,
+        "lm_head.weight": wrap(old["lm_head.weight"].T, 12).T,
+    }
+    for name, tensor in expected.items():
+        torch.testing.assert_close(new[name], tensor.double(), msg=name)
+    # Narrowing a model that was never widened keeps its first units, and undoes only the scale.
+    wide = drawn(target).state_dict()
+    narrow = remap_state(wide, target, config, width="zero")
+    torch.testing.assert_close(narrow[layer + "mlp.up_proj.weight"], wide[layer + "mlp.up_proj.weight"][:12, :8])
+    torch.testing.assert_close(
+        narrow[layer + "mlp.down_proj.weight"], wide[layer + "mlp.down_proj.weight"][:8, :12] / s
+    )
+
+
 def chosen(source, target):
     """Weight selection's indices of one dimension."""
     if source % target == 0:
@@ -279,7 +308,10 @@ def test_grouped_queries_without_room():
             lambda s: s.pop("bert.encoder.layer.1.output.dense.bias"),
             r"no tensor bert.encoder.layer.1.output.dense.bias",
         ),
-        (lambda s: s.update({"bert.encoder.layer.7.output.dense.bias": torch.zeros(8)}), r"1 tensors that the source"),
+        (
+            lambda s: s.update({"bert.encoder.layer.7.output.dense.bias": torch.zeros(8)}),
+            r"has 1 tensors that 2 layers",
+        ),
         (lambda s: s.update({WORDS: torch.zeros(5, 8)}), r"is \(5, 8\), .* it should be \(13, 8\)"),
     ],
 )

@@ -185,6 +185,7 @@ LLAMA = Architecture(
         "mlp.down_proj.bias": "stream ?mlp_bias",
     },
     aliases={"lm_head.weight": "model.embed_tokens.weight"},
+    ignored=("rotary_emb.inv_freq",),
     centring=False,
     rotary=True,
 )

@@ -1,7 +1,7 @@
 """Remapping of Hugging Face folders, tensor by tensor, so that no more than one output shard is ever in memory."""
 
+import copy
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from codistill.errors import MachineError, UserError
+from codistill.files import atomic_folder
 from codistill.remap.families import ARCHITECTURES, describe
 from codistill.remap.source import Fetch, fetcher
 from codistill.remap.states import Depth, remapped, with_tied
@@ -43,10 +44,11 @@ def remap_folder(
     with new_folder(Path(out)) as folder:
         tensors = remapped(open_source(Path(source), before), before, after, **ways)  # type: ignore[arg-type]
         dtype = write_shards(folder, tensors, shard_bytes)
-        after.architectures, after.dtype = [describe(after).model_class], dtype
-        after.save_pretrained(folder)
+        config = copy.deepcopy(after)
+        config.architectures, config.dtype = [describe(after).model_class], dtype
+        config.save_pretrained(folder)
         for pattern in BESIDES:
-            for file in Path(source).glob(pattern):
+            for file in filter(Path.is_file, Path(source).glob(pattern)):
                 shutil.copyfile(file, folder / file.name)
     return Path(out)
 
@@ -174,25 +176,11 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when the block ends well, and is gone when it does not."""
+    """A folder beside `out` that becomes `out` when the block ends well. Raises `UserError` if there is one already."""
     if out.exists():
         raise UserError(f"{out} exists already: choose a new folder, nothing is overwritten")
-    partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in [*partial.iterdir(), partial]:
-            _flush(path)
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:
-        raise MachineError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with atomic_folder(out) as folder:
+            yield folder
+    except SafetensorError as error:
+        raise MachineError(f"{out} could not be written: {error}") from error

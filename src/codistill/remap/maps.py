@@ -142,7 +142,7 @@ def copies(units: Tensor, narrow: int) -> Tensor:
 
 
 def matched(way: str, narrow: int, wide: int, seed: int) -> Tensor:
-    """The narrow unit of each wide one: the units in order, then further copies, no unit twice more often than another.
+    """The narrow unit of each wide one: the units in order, then further copies, as evenly as possible.
 
     `replicate` and `advanced` draw the further copies at random (Net2Net), in shuffled rounds, so that a whole multiple
     copies every unit equally often and keeps a norm's mean and variance; the other ways repeat the units in order.

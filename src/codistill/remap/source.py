@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from codistill.errors import UserError
-from codistill.remap.architectures import Architecture, present, role, shape_of, tied
+from codistill.remap.architectures import Architecture, Role, present, role, shape_of, tied
 from codistill.remap.families import describe
 
 Fetch = Callable[[str], Tensor]
@@ -19,16 +19,10 @@ def fetcher(load: Fetch, names: Collection[str], config: Any) -> Fetch:
     Raises `UserError` for tensors that no line describes, at once, and for missing ones, when asked for.
     """
     architecture, shape = describe(config), shape_of(config)
-    stored = _stored_names(architecture, names)
-    roles = {
-        architecture.layers.format(i) + name: role
-        for i in range(shape.layers)
-        for name, role in architecture.layer_roles(i, config).items()
-    }
-    roles |= present(architecture.outside, config)
+    stored, roles = _stored_names(architecture, names), all_roles(config)
     if unknown := [name for name in stored if name not in roles and not _ignored(architecture, name)]:
         raise UserError(
-            f"{config.model_type}: {len(unknown)} tensors that the source's {shape} does not have, such as "
+            f"{config.model_type}: the source has {len(unknown)} tensors that {shape} does not, such as "
             f"{unknown[0]}: is its configuration that of the checkpoint?"
         )
 
@@ -45,6 +39,16 @@ def fetcher(load: Fetch, names: Collection[str], config: Any) -> Fetch:
         return tensor
 
     return fetch
+
+
+def all_roles(config: Any) -> dict[str, Role]:
+    """The role of every tensor of a model by its name, tied ones under both."""
+    architecture = describe(config)
+    roles = present(architecture.outside, config)
+    for i in range(config.num_hidden_layers):
+        prefix = architecture.layers.format(i)
+        roles |= {prefix + name: role for name, role in architecture.layer_roles(i, config).items()}
+    return roles
 
 
 def _stored_names(architecture: Architecture, names: Collection[str]) -> dict[str, str]:
@@ -80,24 +84,23 @@ def check_pair(source: Any, target: Any) -> Architecture:
             f"the vocabulary is {before.vocabulary} in the source and {after.vocabulary} in the target: "
             f"set the target's vocab_size to {before.vocabulary}, and use the source's tokenizer ({shapes})"
         )
-    for name in ("positions", "types"):
-        if getattr(after, name) > getattr(before, name) and (name == "types" or not architecture.rotary):
-            raise UserError(
-                f"the source has {getattr(before, name)} {name} and the target {getattr(after, name)}: "
-                f"choose at most as many ({shapes})"
-            )
+    for name in ("types",) if architecture.rotary else ("positions", "types"):
+        if (given := getattr(before, name)) < (wanted := getattr(after, name)):
+            raise UserError(f"the source has {given} {name} and the target {wanted}: choose at most {given} ({shapes})")
+    _check_fields(architecture, source, target)
+    return architecture
+
+
+def _check_fields(architecture: Architecture, source: Any, target: Any) -> None:
     for field in sorted(_fields_to_agree(architecture)):
-        if getattr(source, field, None) != getattr(target, field, None):
-            raise UserError(
-                f"{field} is {getattr(source, field, None)!r} in the source and {getattr(target, field, None)!r} in "
-                f"the target: they have to agree"
-            )
+        given, wanted = getattr(source, field, None), getattr(target, field, None)
+        if given != wanted:
+            raise UserError(f"{field} is {given!r} in the source and {wanted!r} in the target: they have to agree")
     if tied(target) and not tied(source):
         raise UserError(
-            "the source's output embedding is its own and the target's is tied: set tie_word_embeddings "
-            "to false in the target"
+            "the source's output embedding is its own and the target's is tied: set tie_word_embeddings to false in "
+            "the target"
         )
-    return architecture
 
 
 def _fields_to_agree(architecture: Architecture) -> set[str]:

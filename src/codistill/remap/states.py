@@ -28,7 +28,7 @@ def remap_state(
     seed: int = 0,
     noise: float = 0.0,
 ) -> dict[str, Tensor]:
-    """A state of the target's shape from a state of the source's, which it shares no memory with.
+    """A state of the target's shape from a state of the source's, on the CPU and sharing no memory with it.
 
     `source` and `target` are Hugging Face configurations of one family; the states are those of its masked-LM or
     causal-LM class, and the result loads strictly (tied tensors are named twice and are one). `depth` and `width` are
@@ -37,7 +37,7 @@ def remap_state(
     have equal gradients and would stay copies for ever. The function is kept all the same.
     Raises `UserError` where the shapes cannot map, with both shapes and what would work.
     """
-    fetch = fetcher(state.__getitem__, state.keys(), source)
+    fetch = fetcher(lambda name: state[name].detach().cpu(), state.keys(), source)
     moved = remapped(fetch, source, target, depth=depth, width=width, seed=seed, noise=noise)
     return with_tied({name: tensor.clone() for name, tensor in moved}, target)
 
