@@ -18,6 +18,9 @@ from codistill.kernels.problem import Problem
 
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
 FORWARD, REVERSE = tl.constexpr(0), tl.constexpr(1)
+# Columns of the tables that the kernel is compiled for: SOFTMAX[k] and EDGE[e]; P and T are softmaxes.
+MEMBER, TEMPERATURE = tl.constexpr(0), tl.constexpr(1)
+STUDENT, P, T, KIND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -58,18 +61,17 @@ def _tables(problem: Problem) -> dict:
     members = list(problem.hidden)
     sides = [(member, edge.temperature) for edge in problem.edges for member in (edge.student, edge.teacher)]
     softmaxes = list(dict.fromkeys([(member, 1.0) for member in members] + sides))
-    kinds = tuple(KINDS.index(edge.divergence) for edge in problem.edges)
+    at = lambda member, edge: softmaxes.index((member, edge.temperature))  # noqa: E731
+    edges = tuple(
+        (members.index(e.student), at(e.student, e), at(e.teacher, e), KINDS.index(e.divergence)) for e in problem.edges
+    )
     return {
-        "MEMBER": tuple(members.index(member) for member, _ in softmaxes),
-        "TEMPERATURE": tuple(float(temperature) for _, temperature in softmaxes),
-        "STUDENT": tuple(members.index(edge.student) for edge in problem.edges),
-        "P": tuple(softmaxes.index((edge.student, edge.temperature)) for edge in problem.edges),
-        "T": tuple(softmaxes.index((edge.teacher, edge.temperature)) for edge in problem.edges),
-        "KIND": kinds,
+        "SOFTMAX": tuple((members.index(member), float(temperature)) for member, temperature in softmaxes),
+        "EDGE": edges,
         "MEMBERS": len(members),
         "SOFTMAXES": len(softmaxes),
-        "EDGES": len(problem.edges),
-        "SUMS": any(kinds),
+        "EDGES": len(edges),
+        "SUMS": any(kind != 0 for *_, kind in edges),
     }
 
 
@@ -93,18 +95,18 @@ def _logits(z, bias, BIASED: tl.constexpr, MEMBERS: tl.constexpr, at, columns, v
 
 
 @triton.jit
-def _tempered(xs, MEMBER: tl.constexpr, TEMPERATURE: tl.constexpr, k: tl.constexpr):
-    x = xs[MEMBER[k]]
-    if TEMPERATURE[k] != 1.0:
-        x = x / TEMPERATURE[k]
+def _tempered(xs, SOFTMAX: tl.constexpr, k: tl.constexpr):
+    x = xs[SOFTMAX[k][MEMBER]]
+    if SOFTMAX[k][TEMPERATURE] != 1.0:
+        x = x / SOFTMAX[k][TEMPERATURE]
     return x
 
 
 @triton.jit
-def _log_softmaxes(xs, lse, MEMBER: tl.constexpr, TEMPERATURE: tl.constexpr, SOFTMAXES: tl.constexpr):
+def _log_softmaxes(xs, lse, SOFTMAX: tl.constexpr, SOFTMAXES: tl.constexpr):
     logs = ()
     for k in tl.static_range(SOFTMAXES):
-        logs = logs + (_tempered(xs, MEMBER, TEMPERATURE, k) - lse[k],)
+        logs = logs + (_tempered(xs, SOFTMAX, k) - lse[k],)
     return logs
 
 
@@ -153,18 +155,16 @@ def _change(log_p, log_t, divergence, KIND: tl.constexpr):
 
 
 @triton.jit
-def _gradient(
-    logs, divergences, rates, hard_rate, m: tl.constexpr, STUDENT: tl.constexpr, P, T, KIND, EDGES: tl.constexpr
-):
+def _gradient(logs, kls, rates, hard_rate, m: tl.constexpr, EDGE: tl.constexpr, EDGES: tl.constexpr):
     g = tl.exp(logs[m]) * hard_rate
     for e in tl.static_range(EDGES):
-        if STUDENT[e] == m:
-            g += _change(logs[P[e]], logs[T[e]], divergences[e], KIND[e]) * rates[e]
+        if EDGE[e][STUDENT] == m:
+            g += _change(logs[EDGE[e][P]], logs[EDGE[e][T]], kls[e], EDGE[e][KIND]) * rates[e]
     return g
 
 
 @triton.jit
-def _logsumexps(z, bias, at, vocabulary, zero, BIASED, MEMBER, TEMPERATURE, MEMBERS, SOFTMAXES, BLOCK: tl.constexpr):
+def _logsumexps(z, bias, at, vocabulary, zero, BIASED, SOFTMAX, MEMBERS, SOFTMAXES, BLOCK: tl.constexpr):
     """First sweep: of every softmax, online."""
     peaks = ()
     totals = ()
@@ -177,7 +177,7 @@ def _logsumexps(z, bias, at, vocabulary, zero, BIASED, MEMBER, TEMPERATURE, MEMB
         new_peaks = ()
         new_totals = ()
         for k in tl.static_range(SOFTMAXES):
-            x = _tempered(xs, MEMBER, TEMPERATURE, k)
+            x = _tempered(xs, SOFTMAX, k)
             peak = tl.maximum(peaks[k], tl.max(x, 0))
             new_totals = new_totals + (totals[k] * tl.exp(peaks[k] - peak) + tl.sum(tl.exp(x - peak), 0),)
             new_peaks = new_peaks + (peak,)
@@ -191,7 +191,7 @@ def _logsumexps(z, bias, at, vocabulary, zero, BIASED, MEMBER, TEMPERATURE, MEMB
 
 @triton.jit
 def _divergences(
-    z, bias, at, vocabulary, zero, lse, BIASED, MEMBER, TEMPERATURE, P, T, KIND, MEMBERS, SOFTMAXES, EDGES, SUMS, BLOCK
+    z, bias, at, vocabulary, zero, lse, BIASED, SOFTMAX, EDGE, MEMBERS, SOFTMAXES, EDGES, SUMS, BLOCK: tl.constexpr
 ):
     """Second sweep, if any edge needs it: the divergence in its gradient; 0 for forward KL."""
     found = ()
@@ -200,18 +200,27 @@ def _divergences(
     if SUMS:
         for start in range(0, vocabulary, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            mask = columns < vocabulary
             xs = _logits(z, bias, BIASED, MEMBERS, at, columns, vocabulary, 0.0)
-            logs = _log_softmaxes(xs, lse, MEMBER, TEMPERATURE, SOFTMAXES)
+            logs = _log_softmaxes(xs, lse, SOFTMAX, SOFTMAXES)
             new = ()
             for e in tl.static_range(EDGES):
-                if KIND[e] == FORWARD:
+                if EDGE[e][KIND] == FORWARD:
                     new = new + (found[e],)
                 else:
-                    terms = _from_student(logs[P[e]], logs[T[e]], KIND[e])
-                    new = new + (found[e] + tl.sum(tl.where(mask, terms, 0.0), 0),)
+                    terms = _from_student(logs[EDGE[e][P]], logs[EDGE[e][T]], EDGE[e][KIND])
+                    new = new + (found[e] + tl.sum(tl.where(columns < vocabulary, terms, 0.0), 0),)
             found = new
     return found
+
+
+@triton.jit
+def _losses(found, logs, inside, EDGE: tl.constexpr, EDGES: tl.constexpr):
+    """The edges' sums so far and this block's."""
+    new = ()
+    for e in tl.static_range(EDGES):
+        terms = _terms(logs[EDGE[e][P]], logs[EDGE[e][T]], EDGE[e][KIND])
+        new = new + (found[e] + tl.sum(tl.where(inside, terms, 0.0), 0),)
+    return new
 
 
 @triton.jit
@@ -232,12 +241,8 @@ def _row_kernel(
     vocabulary,
     BIASED: tl.constexpr,
     TRAINED: tl.constexpr,
-    MEMBER: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    STUDENT: tl.constexpr,
-    P: tl.constexpr,
-    T: tl.constexpr,
-    KIND: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    EDGE: tl.constexpr,
     MEMBERS: tl.constexpr,
     SOFTMAXES: tl.constexpr,
     EDGES: tl.constexpr,
@@ -245,64 +250,36 @@ def _row_kernel(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    at = row * stride
-    scale_row = tl.load(scale + row)
+    at, label, scale_row = row * stride, tl.load(labels + row), tl.load(scale + row)
     zero = scale_row * 0.0
-    lse = _logsumexps(z, bias, at, vocabulary, zero, BIASED, MEMBER, TEMPERATURE, MEMBERS, SOFTMAXES, BLOCK)
+    lse = _logsumexps(z, bias, at, vocabulary, zero, BIASED, SOFTMAX, MEMBERS, SOFTMAXES, BLOCK)
     kls = _divergences(
-        z,
-        bias,
-        at,
-        vocabulary,
-        zero,
-        lse,
-        BIASED,
-        MEMBER,
-        TEMPERATURE,
-        P,
-        T,
-        KIND,
-        MEMBERS,
-        SOFTMAXES,
-        EDGES,
-        SUMS,
-        BLOCK,
+        z, bias, at, vocabulary, zero, lse, BIASED, SOFTMAX, EDGE, MEMBERS, SOFTMAXES, EDGES, SUMS, BLOCK
     )
-    rates = ()
-    losses = ()
+    rates, losses, hard_rates = (), (), ()
     for e in tl.static_range(EDGES):
-        rates = rates + (scale_row * tl.load(edge_weight + e) * TEMPERATURE[P[e]],)
+        rates = rates + (scale_row * tl.load(edge_weight + e) * SOFTMAX[EDGE[e][P]][TEMPERATURE],)
         losses = losses + (zero,)
-
     # The label's entry of each gradient is kept apart, in full precision; take it before anything is overwritten.
-    label = tl.load(labels + row)
     label_xs = _logits(z, bias, BIASED, MEMBERS, at, label, vocabulary, 0.0)
-    label_logs = _log_softmaxes(label_xs, lse, MEMBER, TEMPERATURE, SOFTMAXES)
-    hard_rates = ()
+    label_logs = _log_softmaxes(label_xs, lse, SOFTMAX, SOFTMAXES)
     for m in tl.static_range(MEMBERS):
         hard_rates = hard_rates + (scale_row * tl.load(hard_weight + m),)
-        label_g = _gradient(label_logs, kls, rates, hard_rates[m], m, STUDENT, P, T, KIND, EDGES)
+        label_g = _gradient(label_logs, kls, rates, hard_rates[m], m, EDGE, EDGES)
         tl.store(at_label + m * rows + row, label_g - hard_rates[m])
         tl.store(hard + m * rows + row, -label_logs[m])
-
     for start in range(0, vocabulary, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        mask = columns < vocabulary
         xs = _logits(z, bias, BIASED, MEMBERS, at, columns, vocabulary, 0.0)
-        logs = _log_softmaxes(xs, lse, MEMBER, TEMPERATURE, SOFTMAXES)
-        new = ()
-        for e in tl.static_range(EDGES):
-            terms = _terms(logs[P[e]], logs[T[e]], KIND[e])
-            new = new + (losses[e] + tl.sum(tl.where(mask, terms, 0.0), 0),)
-        losses = new
+        logs = _log_softmaxes(xs, lse, SOFTMAX, SOFTMAXES)
+        losses = _losses(losses, logs, columns < vocabulary, EDGE, EDGES)
         # Gradients lie over the logits, and narrower ones over logits that another thread may not have read yet.
         tl.debug_barrier()
         for m in tl.static_range(MEMBERS):
             if TRAINED[m]:
-                g = _gradient(logs, kls, rates, hard_rates[m], m, STUDENT, P, T, KIND, EDGES)
-                g = tl.where(columns == label, 0.0, g).to(gradient[m].dtype.element_ty)
-                tl.store(
-                    gradient[m] + row * gradient_stride[m] + columns, g, mask=columns < (vocabulary + 15) // 16 * 16
-                )
+                g = tl.where(columns == label, 0.0, _gradient(logs, kls, rates, hard_rates[m], m, EDGE, EDGES))
+                to = gradient[m] + row * gradient_stride[m] + columns
+                tl.store(to, g.to(gradient[m].dtype.element_ty), mask=columns < (vocabulary + 15) // 16 * 16)
     for e in tl.static_range(EDGES):
-        tl.store(soft + e * rows + row, losses[e] * TEMPERATURE[P[e]] * TEMPERATURE[P[e]])
+        tau = SOFTMAX[EDGE[e][P]][TEMPERATURE]
+        tl.store(soft + e * rows + row, losses[e] * (tau * tau))
