@@ -3,6 +3,7 @@
 Shape suffixes: N predicted rows, D width of a member, V vocabulary.
 """
 
+import contextlib
 import itertools
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from codistill.kernels import Edge, linear_cohort_loss
+from codistill.kernels import Edge, head, linear_cohort_loss
 
 NAMES = ("ann", "bob", "cyd", "dan")
 WIDTHS = (5, 3, 8, 6)
@@ -48,16 +49,17 @@ class Case:
 
     def to(self, dtype: torch.dtype) -> "Case":
         """The same case in another type, as new leaves."""
-        move = lambda of: {m: t.detach().to(dtype).requires_grad_(t.requires_grad) for m, t in of.items()}  # noqa: E731
-        return Case(
-            move(self.hidden),
-            move(self.weight),
-            move(self.bias),
-            self.labels,
-            self.hard_weight,
-            self.edges,
-            self.row_weight,
-        )
+        return self._moved(lambda tensor: tensor.to(dtype), lambda tensor: tensor)
+
+    def on(self, device: str) -> "Case":
+        """The same case on a device, as new leaves."""
+        move = lambda tensor: tensor if tensor is None else tensor.to(device)  # noqa: E731
+        return self._moved(move, move)
+
+    def _moved(self, parameter, other) -> "Case":
+        move = lambda of: {m: parameter(t.detach()).requires_grad_(t.requires_grad) for m, t in of.items()}  # noqa: E731
+        moved = move(self.hidden), move(self.weight), move(self.bias)
+        return Case(*moved, other(self.labels), self.hard_weight, self.edges, other(self.row_weight))
 
 
 def make(
@@ -100,7 +102,7 @@ def edge_sets(members: int) -> list[list[Edge]]:
 def oracle(case: Case, dtype: torch.dtype = torch.float64):
     """(total, hard, soft) by torch.nn.functional and autograd: logits in `dtype`, what follows in at least float32."""
     above = torch.promote_types(dtype, torch.float32)
-    row_weight = torch.ones(len(case.labels)) if case.row_weight is None else case.row_weight
+    row_weight = torch.ones_like(case.labels) if case.row_weight is None else case.row_weight
     mean = lambda rows: (rows * row_weight.to(above)).sum() / row_weight.to(above).sum()  # noqa: E731
     logits = {
         m: functional.linear(case.hidden[m].to(dtype), case.weight[m].to(dtype), case.bias[m].to(dtype)).to(above)
@@ -133,6 +135,13 @@ def gradients(case: Case, total: Tensor) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(parameters.items(), found, strict=True)}
 
 
+def multiply_as_on_cuda(monkeypatch) -> None:
+    """Products from bfloat16 operands to float32 in earnest: on a CPU, which has none, emulated."""
+    monkeypatch.setattr(head, "_products", lambda hidden: (torch.bfloat16, contextlib.nullcontext))
+    monkeypatch.setattr(head, "multiply", lambda a, b, out: out.copy_(a.to(out.dtype) @ b.to(out.dtype)))
+    monkeypatch.setattr(head, "multiply_add", lambda total, a, b: total.add_(a.to(total.dtype) @ b.to(total.dtype)))
+
+
 def error(got: Tensor, true: Tensor) -> float:
     """|got − true| ÷ |true|, in float64; where nothing is true, |got|."""
     true = true.double()
@@ -147,3 +156,39 @@ def worst_error(case: Case, **options) -> float:
     expected, got = gradients(case, total), gradients(case, out.total)
     pairs += [(got[name], expected[name]) for name in expected]
     return max(error(a.detach(), b.detach()) for a, b in pairs)
+
+
+def close_members(distance: float, offset: float = 0.0, hard: float = 0.0, width: int = 64) -> Case:
+    """Two bfloat16 members of equal width whose predictions are a small KL apart; weights are float32 parameters."""
+    generator = torch.Generator().manual_seed(5)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    rows, vocabulary = 128, 4000
+    hidden, weight = draw(rows, width), draw(vocabulary, width) * 1.5 / width**0.5
+    bias = {"ann": torch.full((vocabulary,), offset), "bob": torch.full((vocabulary,), offset)}
+    return Case(
+        {"ann": hidden.bfloat16(), "bob": (hidden + distance * draw(rows, width)).bfloat16()},
+        {"ann": weight.bfloat16().float(), "bob": weight.bfloat16().float()},
+        bias,
+        torch.randint(vocabulary, (rows,), generator=generator),
+        {"ann": hard, "bob": hard},
+        [Edge("ann", "bob"), Edge("bob", "ann")],
+    )
+
+
+def train(case: Case) -> Case:
+    """With features in float32, so that the gradient that comes back is not rounded once more."""
+    case.hidden = {m: h.float() for m, h in case.hidden.items()}
+    for of in (case.hidden, case.weight, case.bias):
+        for tensor in of.values():
+            tensor.requires_grad_()
+    return case
+
+
+def errors(case: Case, impl: str = "chunked") -> tuple[torch.Tensor, dict[str, float]]:
+    """(the KLs of both edges, the relative error of each gradient) of bfloat16 training, as autocast would do it."""
+    exact = case.to(torch.float64)
+    true_total, _, soft = oracle(exact)
+    true = gradients(exact, true_total)
+    with torch.autocast(case.labels.device.type, torch.bfloat16):
+        ours = gradients(case, case.loss(impl=impl).total)
+    return sum(soft), {name: error(ours[name], true[name]) for name in true}

@@ -187,7 +187,7 @@ def test_a_frozen_member_costs_one_product(monkeypatch):
     from codistill.kernels import head
 
     count = []
-    products = {name: getattr(head, name) for name in ("_multiply", "_multiply_add")}
+    products = {name: getattr(head, name) for name in ("multiply", "multiply_add")}
     for name, product in products.items():
         monkeypatch.setattr(head, name, lambda *given, product=product: (count.append(0), product(*given)))
     make(edges=BOTH_WAYS, frozen=("bob",)).loss(impl="chunked", chunk_rows=4)

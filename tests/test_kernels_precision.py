@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from codistill.kernels import Edge, head
-from cohort_cases import Case, error, gradients, make, oracle
+from codistill.kernels import Edge
+from cohort_cases import close_members, error, errors, gradients, make, multiply_as_on_cuda, oracle, train
 
 EDGES = {
     divergence: [Edge("ann", "bob", 1.0, 2.0, divergence), Edge("bob", "ann", 1.0, 1.0, divergence)]
@@ -31,50 +31,11 @@ def test_three_ways(impl, dtype, divergence, spread):
         assert error(ours[name], true[name]) <= error(plain[name], true[name]) + chance, name
 
 
-def close_members(distance: float, offset: float = 0.0, hard: float = 0.0, width: int = 64) -> Case:
-    """Two bfloat16 members of equal width whose predictions are a small KL apart; weights are float32 parameters."""
-    generator = torch.Generator().manual_seed(5)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    rows, vocabulary = 128, 4000
-    hidden, weight = draw(rows, width), draw(vocabulary, width) * 1.5 / width**0.5
-    bias = {"ann": torch.full((vocabulary,), offset), "bob": torch.full((vocabulary,), offset)}
-    return Case(
-        {"ann": hidden.bfloat16(), "bob": (hidden + distance * draw(rows, width)).bfloat16()},
-        {"ann": weight.bfloat16().float(), "bob": weight.bfloat16().float()},
-        bias,
-        torch.randint(vocabulary, (rows,), generator=generator),
-        {"ann": hard, "bob": hard},
-        [Edge("ann", "bob"), Edge("bob", "ann")],
-    )
-
-
-def train(case: Case) -> Case:
-    """With features in float32, so that the gradient that comes back is not rounded once more."""
-    case.hidden = {m: h.float() for m, h in case.hidden.items()}
-    for of in (case.hidden, case.weight, case.bias):
-        for tensor in of.values():
-            tensor.requires_grad_()
-    return case
-
-
-def errors(case: Case) -> tuple[torch.Tensor, dict[str, float]]:
-    """(the KLs of both edges, the relative error of each gradient) of bfloat16 training, as autocast would do it."""
-    exact = case.to(torch.float64)
-    true_total, _, soft = oracle(exact)
-    true = gradients(exact, true_total)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours = gradients(case, case.loss(impl="chunked").total)
-    return sum(soft), {name: error(ours[name], true[name]) for name in true}
-
-
 @pytest.fixture(params=["of this CPU", "as on CUDA"])
 def products(request, monkeypatch):
     """Products from bfloat16 operands to float32: what this CPU makes of them, and bfloat16 in earnest, emulated."""
-    if request.param == "of this CPU":
-        return
-    monkeypatch.setattr(head, "_products", lambda hidden: (torch.bfloat16, contextlib.nullcontext))
-    monkeypatch.setattr(head, "_multiply", lambda a, b, out: out.copy_(a.float() @ b.float()))
-    monkeypatch.setattr(head, "_multiply_add", lambda total, a, b: total.add_(a.float() @ b.float()))
+    if request.param == "as on CUDA":
+        multiply_as_on_cuda(monkeypatch)
 
 
 @pytest.mark.usefixtures("products")
@@ -90,6 +51,18 @@ def test_gradient_of_a_small_kl_in_bfloat16(offset):
 def test_gradient_in_bfloat16_with_the_hard_loss_on():
     _, found = errors(train(close_members(0.03, hard=1.0)))
     assert max(found.values()) < 2e-3, found
+
+
+@pytest.mark.parametrize("offset", [0.0, 20.0])
+@pytest.mark.parametrize("divergence", sorted(EDGES))
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_a_small_divergence_keeps_its_digits_in_float32(impl, divergence, offset):
+    """Bregman's form: at least three times closer than the sum of p (ln p − ln q) that plain PyTorch takes."""
+    case = close_members(0.03, offset)
+    case.hidden, case.edges = {m: h.float() for m, h in case.hidden.items()}, EDGES[divergence]
+    true, plain = oracle(case)[2], oracle(case, torch.float32)[2]
+    for ours, theirs, exact in zip(case.loss(impl=impl).soft, plain, true, strict=True):
+        assert error(ours, exact) < error(theirs, exact) / 3
 
 
 def test_bfloat16_logits_would_fail():

@@ -33,7 +33,7 @@ class Head:
         self.operand, self.precision = _products(hidden_ND)
         self.vocabulary, self.trained = vocabulary, any(wants)
         self.hidden_ND, self.weight_VD = hidden_ND.detach(), weight_VD.detach()
-        self.bias_V = None if bias_V is None else bias_V.detach()[:vocabulary].to(self.dtype)
+        self.bias_V = None if bias_V is None else _aligned(bias_V.detach()[:vocabulary].to(self.dtype))
         self.operand_VD = self.weight_VD[:vocabulary].to(self.operand)
         self.buffer = torch.empty(chunk_rows, _leading(vocabulary), dtype=self.dtype, device=device)
         self.d_hidden_ND = torch.empty_like(self.hidden_ND) if wants[0] else None
@@ -45,7 +45,7 @@ class Head:
         x_CD = self.hidden_ND[rows].to(self.operand)
         z_CV = self.buffer[: len(x_CD), : self.vocabulary]
         with self.precision():
-            _multiply(x_CD, self.operand_VD.T, z_CV)
+            multiply(x_CD, self.operand_VD.T, z_CV)
         return z_CV
 
     def gradient(self, rows: int) -> Tensor:
@@ -59,16 +59,21 @@ class Head:
         if self.d_hidden_ND is not None:
             d_x_CD = torch.empty(x_CD.shape, dtype=self.dtype, device=x_CD.device)
             with self.precision():
-                _multiply(g_CV, self.operand_VD, d_x_CD)
+                multiply(g_CV, self.operand_VD, d_x_CD)
             d_x_CD.addcmul_(self.weight_VD[labels_C].to(self.dtype), at_label_C1)
             self.d_hidden_ND[rows] = d_x_CD
         if self.d_weight_VD is not None:
             with self.precision():
-                _multiply_add(self.d_weight_VD[: self.vocabulary], g_CV.T, x_CD.to(self.operand))
+                multiply_add(self.d_weight_VD[: self.vocabulary], g_CV.T, x_CD.to(self.operand))
             self.d_weight_VD.index_add_(0, labels_C, x_CD.to(self.dtype) * at_label_C1)
         if self.d_bias_V is not None:
             self.d_bias_V[: self.vocabulary].add_(g_CV.sum(0, dtype=self.dtype))
             self.d_bias_V.index_add_(0, labels_C, at_label_C)
+
+
+def _aligned(bias_V: Tensor) -> Tensor:
+    """A copy that can be read to the end of the last cache line, as rows of logits can."""
+    return bias_V.new_zeros(_leading(len(bias_V)))[: len(bias_V)].copy_(bias_V)
 
 
 def _leading(vocabulary: int) -> int:
@@ -106,14 +111,16 @@ def _may_round_to_bfloat16() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, in the type of `out`."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     else:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def _multiply_add(total: Tensor, a: Tensor, b: Tensor) -> None:
+def multiply_add(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the type of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
     elif _adds_in_float32():

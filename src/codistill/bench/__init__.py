@@ -1,0 +1,5 @@
+"""Side-by-side measurements: ours, plain PyTorch, and the peers that are installed."""
+
+from codistill.bench.loss import bench_loss
+
+__all__ = ["bench_loss"]

@@ -1,0 +1,112 @@
+"""How things are measured: in turns, in one process, with the machine written down."""
+
+import ctypes
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+def interleaved(steps: Mapping[str, Callable[[], None]], runs: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every run of every step. All take a turn before any takes its next, so that a machine that slows
+    down slows all of them; the order moves on by one each time, and one turn before the first is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
+    for turn in range(runs + 1):
+        at = turn % len(names)
+        for name in names[at:] + names[:at]:
+            spent = _seconds(steps[name], device)
+            if turn:
+                seconds[name].append(spent)
+    return seconds
+
+
+def peak_bytes(step: Callable[[], None], device: str) -> int | None:
+    """The most memory that one run needed beyond what was in use before it; None where the system does not tell.
+
+    On a CPU it is the resident memory of the process, so that what a library takes for itself counts too.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        before = _start_of_resident_peak()
+        step()
+        return _status("VmHWM") - before
+    except OSError:
+        return None
+
+
+def summary(seconds: list[float]) -> dict:
+    """Median, extremes and every run, in seconds."""
+    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
+
+
+def machine(device: str, packages: tuple[str, ...] = ()) -> dict:
+    """What the numbers were measured on: processor or GPU, threads, versions of `packages` that are installed."""
+    versions = {name: metadata.version(name) for name in ("torch", *packages) if _installed(name)}
+    found = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": versions,
+    }
+    if device == "cuda":
+        found["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return found
+
+
+def _seconds(step: Callable[[], None], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _start_of_resident_peak() -> int:
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status: no {field}")
+
+
+def _processor() -> str:
+    """The model, and those of its abilities that matrix products depend on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    pairs = [line.split(":", 1) for line in lines if ":" in line]
+    about = {key.strip(): value.strip() for key, value in reversed(pairs)}
+    flags = about.get("flags", "").split()
+    abilities = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    family = f"family {about.get('cpu family')} model {about.get('model')}"
+    return f"{about.get('model name', platform.processor())} ({family}; {', '.join(abilities)})"
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,82 @@
+"""`bench_loss`: everybody computes the same loss or says why not, in turns, and the result is data."""
+
+import json
+
+import pytest
+import torch
+
+from codistill.bench import bench_loss, measure, providers
+from codistill.bench.loss import _error, _exact_gradients
+from codistill.errors import UserError
+
+TINY = {"rows": 70, "vocabulary": 50, "width": 8, "runs": 2}
+
+
+def test_the_result_is_data(tmp_path, capsys):
+    chosen = ["bare products", "plain", "plain, all rows", "ours, chunked", "ours, reference", "quack, hard only"]
+    result = bench_loss(**TINY, providers=chosen, out=tmp_path / "new" / "loss.json")
+    assert json.loads((tmp_path / "new" / "loss.json").read_text()) == result
+    rows = {row["provider"]: row for row in result["results"]}
+    assert list(rows) == chosen
+    assert result["setting"] == TINY | {"dtype": "float32"}
+    assert result["machine"]["packages"]["torch"] == torch.__version__
+    for name in chosen[:-1]:
+        assert len(rows[name]["seconds"]["runs"]) == 2
+        assert rows[name]["seconds"]["min"] <= rows[name]["seconds"]["median"] <= rows[name]["seconds"]["max"]
+    assert all(rows[name]["error"] < 1e-5 for name in chosen[1:-1])
+    assert "seconds" not in rows["quack, hard only"]
+    assert "quack" in rows["quack, hard only"]["reason"] or "CUDA" in rows["quack, hard only"]["reason"]
+    assert "not run: quack, hard only" in capsys.readouterr().out
+
+
+def test_a_different_loss_is_not_timed(monkeypatch):
+    twice = lambda setting: lambda: 2 * providers.plain(setting)()  # noqa: E731
+    monkeypatch.setitem(providers.PROVIDERS, "twice", providers.Provider(twice))
+    (row,) = bench_loss(**TINY, providers=["twice"])["results"]
+    assert "seconds" not in row
+    assert row["reason"] == "RuntimeError: its gradient differs by 1.0e+00"
+
+
+@pytest.mark.parametrize("hard_only", [False, True])
+def test_the_judge_is_autograd_in_float64(hard_only):
+    setting = providers.random_setting("cpu", False, 70, 50, 8)
+    wide = {
+        kind: {m: t.detach().double().requires_grad_() for m, t in getattr(setting, kind).items()}
+        for kind in ("hidden", "weight")
+    }
+    z = {m: torch.nn.functional.linear(wide["hidden"][m], wide["weight"][m]) for m in "ab"}
+    loss = sum(torch.nn.functional.cross_entropy(z[m], setting.labels_N) for m in "ab")
+    for student, teacher in ("ab", "ba") if not hard_only else ():
+        log_p, log_t = z[student].log_softmax(-1), z[teacher].detach().log_softmax(-1)
+        loss = loss + torch.nn.functional.kl_div(log_p, log_t, log_target=True, reduction="batchmean")
+    loss.backward()
+    expected = [tensor.grad for of in wide.values() for tensor in of.values()]
+    assert _error(_exact_gradients(setting, hard_only), expected) < 1e-7
+
+
+def test_turns_are_taken():
+    seen = []
+    steps = {name: lambda name=name: seen.append(name) for name in "abc"}
+    found = measure.interleaved(steps, 3, "cpu")
+    assert "".join(seen) == "abcbcacababc"
+    assert {name: len(seconds) for name, seconds in found.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_peak_memory_is_of_the_step():
+    peak = measure.peak_bytes(lambda: torch.ones(12_500_000).sum(), "cpu")
+    if peak is None:
+        pytest.skip("this system does not tell")
+    assert 45e6 < peak < 80e6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"providers": ["mine"]}, "providers: 'mine' is unknown; known are bare products, "),
+        ({"dtype": "float16"}, "dtype: 'float16'; wanted 'float32' or 'bfloat16'"),
+        ({"device": "tpu"}, "device: 'tpu' is not here"),
+    ],
+)
+def test_bad_input(options, message):
+    with pytest.raises(UserError, match=message):
+        bench_loss(**TINY, **options)
