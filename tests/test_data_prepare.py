@@ -131,6 +131,12 @@ def test_cached_opens_a_prepared_folder(source, vocabulary, tmp_path):
         cached([str(tmp_path / "out")], str(tmp_path / "other.txt"))
 
 
+def test_a_cache_that_cannot_be_written_is_one_clear_error(source, vocabulary, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(MachineError, match=r"cache/corpora/.*: cannot be written \(Not a directory\)"):
+        cached([source], vocabulary, cache=tmp_path / "cache")
+
+
 def test_cache_folder(monkeypatch):
     monkeypatch.delenv("CODISTILL_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
@@ -195,9 +201,14 @@ def test_bad_input_in_the_middle_leaves_no_folder(vocabulary, tmp_path, small_sh
         assert not (tmp_path / "out").exists()
 
 
-def test_a_dead_worker_is_one_clear_error(source, vocabulary, tmp_path, small_shards, monkeypatch):
-    monkeypatch.setattr(sys, "executable", "/bin/true")
-    with pytest.raises(MachineError, match="a worker process died"):
+@pytest.mark.parametrize("messages", [0, 2])
+def test_a_dead_worker_is_one_clear_error(messages, source, vocabulary, tmp_path, small_shards, monkeypatch):
+    program = tmp_path / "dies"
+    loads = "; ".join(["import pickle, sys", *["pickle.load(sys.stdin.buffer)"] * messages, "sys.exit(3)"])
+    program.write_text(f"#!/bin/sh\nexec {sys.executable} -c '{loads}'\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(MachineError, match=r"a worker process died \(exit status 3\)"):
         prepare([source], vocabulary, tmp_path / "out", processes=2)
 
 

@@ -37,7 +37,7 @@ def speed(data: Path) -> dict:
 
     source = data / "text" / "english-novels" / "train-00000-of-00003.parquet"
     vocabulary = data / "vocab" / "bert-base-uncased.txt"
-    rows = bench_data([str(source)], str(vocabulary))
+    rows = bench_data([str(source)], str(vocabulary), repeats=3)
     return {"source": "text/english-novels/train-00000-of-00003.parquet", "tokenizer": vocabulary.name, "rows": rows}
 
 

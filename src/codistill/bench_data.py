@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 from .data.batches import Batches
 from .data.corpus import Corpus
@@ -30,34 +31,36 @@ def bench_data(
     length: int = 128,
     mask_rate: float = 0.3,
     seconds: float = 2.0,
+    repeats: int = 1,
 ) -> list[dict]:
     """Rows of {"what", "cores", "tokens_per_second", "ratio"}: the bare library, `prepare` on one core and on two
-    (`ratio` is to the bare library on one core), and batches on one core, each `seconds` long. Pins this process to
-    cores on Linux, and undoes it. About twice the time the bare library needs for the text, and some seconds.
+    (`ratio` is to the bare library on one core), medians of `repeats`, and batches on one core, each `seconds` long.
+    Pins this process to cores on Linux, and undoes it. A repeat takes about four times as long as the bare library.
     """
     with tempfile.TemporaryDirectory() as folder:
         # A first preparation trains what is to be trained and warms the disk's cache.
         corpus = prepare(sources, tokenizer, Path(folder, "first"))
-        rows = _preparation(sources, corpus, Path(folder))
+        rows = _preparation(sources, corpus, Path(folder), repeats)
         return rows + _batches(corpus, length, mask_rate, seconds)
 
 
-def _preparation(sources: Sequence[str], corpus: Corpus, folder: Path) -> list[dict]:
+def _preparation(sources: Sequence[str], corpus: Corpus, folder: Path, repeats: int) -> list[dict]:
+    """Medians over the repeats, which take turns, so that a slow minute of the machine touches all alike."""
     tokenizer = load_tokenizer(corpus.folder / "tokenizer")
-    texts = list(_texts(sources))
-    bare = tokenizer.backend_tokenizer
-    rows = []
-    with _cores(1):
-        for name in ("encode_batch", "encode_batch_fast"):
-            encode = getattr(bare, name)
-            rows.append(_row(f"tokenizers.{name}", 1, _rate(partial(_encode, encode, texts))))
-        rows.append(_row("prepare", 1, _rate(lambda: _prepared(sources, tokenizer, folder / "one", 1))))
-    if len(_allowed()) > 1:
-        with _cores(2):
-            rows.append(_row("prepare", 2, _rate(lambda: _prepared(sources, tokenizer, folder / "two", 2))))
-    for row in rows:
-        row["ratio"] = row["tokens_per_second"] / rows[0]["tokens_per_second"]
-    return rows
+    texts, bare = list(_texts(sources)), tokenizer.backend_tokenizer
+    cases: dict[tuple[str, int], Callable[[int], int]] = {
+        ("tokenizers.encode_batch", 1): lambda turn: _encode(bare.encode_batch, texts),
+        ("tokenizers.encode_batch_fast", 1): lambda turn: _encode(bare.encode_batch_fast, texts),
+        ("prepare", 1): lambda turn: _prepared(sources, tokenizer, folder / f"one{turn}", 1),
+        ("prepare", 2): lambda turn: _prepared(sources, tokenizer, folder / f"two{turn}", 2),
+    }
+    rates: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    for turn in range(repeats):
+        for (what, cores), work in cases.items():
+            with _cores(cores):
+                rates[what, cores].append(_rate(partial(work, turn)))
+    rows = [_row(what, cores, median(found)) for (what, cores), found in rates.items()]
+    return [row | {"ratio": row["tokens_per_second"] / rows[0]["tokens_per_second"]} for row in rows]
 
 
 def _batches(corpus: Corpus, length: int, mask_rate: float, seconds: float) -> list[dict]:

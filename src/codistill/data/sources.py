@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,8 +118,10 @@ def _hash_once(path: Path, memory: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     digest = hash_file(path)
-    memory.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps({"stamp": stamp, "sha256": digest}))
-    beside.replace(kept)
+    # Not being able to remember costs time, and nothing else.
+    with suppress(OSError):
+        memory.mkdir(parents=True, exist_ok=True)
+        beside = kept.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps({"stamp": stamp, "sha256": digest}))
+        beside.replace(kept)
     return digest
