@@ -179,6 +179,23 @@ def test_a_step_that_is_not_finite_changes_no_parameter_and_is_named():
     assert "step 2: the loss or gradient of small was not finite" in str(cohort.failure())
 
 
+@pytest.mark.parametrize("new_optimizer", [AdamW, SGD, torch.optim.Adagrad])
+def test_any_optimizer_is_kept_from_updates_that_are_not_finite(new_optimizer):
+    built = predictor("lone")
+    cohort = Cohort([Member("lone", built, new_optimizer(built.parameters(), lr=0.0), lr=constant(1e-2))])
+    before = parameters(cohort, "lone")
+    cohort.step(0, [batch(1)])
+    after = parameters(cohort, "lone")
+    with pytest.raises(AssertionError):
+        assert_same_bits(before, after)
+    bad = batch(2)
+    cohort.step(
+        1, [Batch(bad.inputs, bad.rows_N, bad.labels_N, torch.full_like(bad.labels_N, torch.inf, dtype=torch.float32))]
+    )
+    assert_same_bits(after, parameters(cohort, "lone"))
+    assert cohort.failure() == (1, ["lone"])
+
+
 def test_a_step_that_is_not_finite_can_be_skipped_and_counted():
     members = [member("large", 2), member("small")]
     cohort = run(Cohort(members, BOTH_WAYS, skip_non_finite=True), range(2))

@@ -29,6 +29,7 @@ from codistill.watch import Failure, Watch
 class Member:
     """A node: a model, trained if it has an optimizer and frozen if it has none.
 
+    Any optimizer will do; with one of PyTorch's made with `fused=True` a step never waits for the device.
     `lr` and `hard_weight` are functions of the step; `clip` bounds the gradient's norm; dropout noise is keyed by
     `noise_key`, by default the name, so that it does not depend on who else is in the cohort.
     """
@@ -168,9 +169,12 @@ def _step_optimizer(member: Member, lr: float, suppressed: Tensor) -> None:
     assert member.optimizer is not None
     for group in member.optimizer.param_groups:
         group["lr"] = lr
-    # PyTorch's fused optimizers skip the update on the device where `found_inf` is 1, as for a gradient scaler.
-    member.optimizer.found_inf = suppressed  # type: ignore[attr-defined]
-    member.optimizer.step()
+    if all(group.get("fused") for group in member.optimizer.param_groups):
+        # PyTorch's fused optimizers skip the update on the device where `found_inf` is 1, as for a gradient scaler.
+        member.optimizer.found_inf = suppressed  # type: ignore[attr-defined]
+        member.optimizer.step()
+    elif not bool(suppressed):  # any other optimizer has to be asked from the host, which waits for the device
+        member.optimizer.step()
     member.optimizer.zero_grad(set_to_none=True)
 
 
