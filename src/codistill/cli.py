@@ -1,6 +1,7 @@
 """The command line: every command parses, calls the library, and prints. torch is imported only where it is used.
 
-Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 75 stopped by a signal, resumable.
+Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 75 stopped by a signal, resumable;
+130 interrupted.
 """
 
 import sys
@@ -212,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except MachineError as error:
         _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
 
 
 def _fail(message: str, status: int) -> None:
