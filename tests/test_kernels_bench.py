@@ -29,6 +29,15 @@ def test_the_result_is_data(tmp_path, capsys):
     assert "not run: quack, hard only" in capsys.readouterr().out
 
 
+def test_peaks_count_the_gradients(monkeypatch):
+    """Each of two equal providers needs its gradients and more, whichever comes second."""
+    monkeypatch.setitem(providers.PROVIDERS, "again", providers.Provider(providers.plain))
+    size = {"rows": 70, "vocabulary": 20_000, "width": 256, "runs": 1}
+    rows = bench_loss(**size, providers=["plain", "again"])["results"]
+    for row in rows:
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 2 * 20_000 * 256 * 4
+
+
 def test_a_different_loss_is_not_timed(monkeypatch):
     twice = lambda setting: lambda: 2 * providers.plain(setting)()  # noqa: E731
     monkeypatch.setitem(providers.PROVIDERS, "twice", providers.Provider(twice))

@@ -128,6 +128,17 @@ def test_three_ways(impl, dtype, divergence, monkeypatch):
 
 
 @kernel
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_small_divergence_keeps_its_digits_in_float32(divergence):
+    """As in test_kernels_precision: Bregman's form."""
+    case = close_members(0.03, 20.0).on(DEVICE)
+    case.hidden = {m: h.float()[:16] for m, h in case.hidden.items()}
+    case.labels, case.edges = case.labels[:16], [Edge("ann", "bob", 1.0, 1.0, divergence)]
+    (true,), (plain,) = oracle(case)[2], oracle(case, torch.float32)[2]
+    assert error(case.loss(impl="triton").soft[0], true) < max(error(plain, true) / 3, 1e-6)
+
+
+@kernel
 @pytest.mark.parametrize("hard", [0.0, 1.0])
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_gradient_of_a_small_kl_in_bfloat16(impl, hard, monkeypatch):

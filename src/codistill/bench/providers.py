@@ -63,8 +63,15 @@ def ours(impl: str) -> Callable[[Setting], Loss]:
 
         def loss() -> Tensor:
             with torch.autocast(setting.device, torch.bfloat16, enabled=setting.low):
-                arguments = setting.hidden, setting.weight, {}, setting.labels_N
-                return linear_cohort_loss(*arguments, hard_weight=hard_weight, edges=edges, impl=impl).total
+                return linear_cohort_loss(
+                    setting.hidden,
+                    setting.weight,
+                    {},
+                    setting.labels_N,
+                    hard_weight=hard_weight,
+                    edges=edges,
+                    impl=impl,
+                ).total
 
         return loss
 
@@ -75,19 +82,20 @@ def products(setting: Setting) -> Loss:
     """The six bare matrix products in our chunks: what no implementation that makes them can fall below."""
     rows = rows_per_chunk(setting.weight["a"].shape[0], setting.device)
     with torch.autocast(setting.device, torch.bfloat16, enabled=setting.low):
-        wants, vocabulary = (True, True, False), setting.weight["a"].shape[0]
+        wants, vocabulary = (False, False, False), setting.weight["a"].shape[0]
         heads = [Head(setting.hidden[m], setting.weight[m], None, vocabulary, rows, wants) for m in MEMBERS]
+    d_weights = [torch.zeros_like(setting.weight[m]) for m in MEMBERS]
     d_x_CD = torch.empty(rows, setting.hidden["a"].shape[1], device=setting.device)
 
     def loss() -> None:
         for start in range(0, len(setting.labels_N), rows):
-            for head in heads:
+            for head, d_weight_VD in zip(heads, d_weights, strict=True):
                 x_CD = head.hidden_ND[start : start + rows].to(head.operand)
                 head.logits(slice(start, start + rows))
                 g_CV = head.gradient(len(x_CD))
                 with head.precision():
                     multiply(g_CV, head.operand_VD, d_x_CD[: len(x_CD)])
-                    multiply_add(head.d_weight_VD, g_CV.T, x_CD)
+                    multiply_add(d_weight_VD, g_CV.T, x_CD)
 
     return loss
 
@@ -121,7 +129,8 @@ def torch_linear_cross_entropy(chunk_rows: int | None) -> Callable[[Setting], Lo
     """Both cross-entropies only, by torch.nn.functional.linear_cross_entropy: a floor, not the same loss."""
 
     def provider(setting: Setting) -> Loss:
-        options = torch.nn.LinearCrossEntropyOptions(**({"batch_chunk_size": chunk_rows} if chunk_rows else {}))
+        choose = torch.nn.LinearCrossEntropyOptions
+        options = choose(batch_chunk_size=chunk_rows) if chunk_rows else choose()
 
         def one(member: str) -> Tensor:
             hidden, weight = setting.cast(setting.hidden[member]), setting.cast(setting.weight[member])
@@ -205,7 +214,7 @@ def _plain_logits(setting: Setting) -> list[Tensor]:
 def _plain_loss(logits: list[Tensor], labels: Tensor, hard_weight: float) -> Tensor:
     log_p, log_q = (functional.log_softmax(z, -1) for z in logits)
     predicted = labels != -100
-    soft = 0.0
+    soft = logits[0].new_zeros(())
     for student, teacher in ((log_p, log_q), (log_q, log_p)):
         rows = functional.kl_div(student, teacher.detach(), log_target=True, reduction="none").sum(-1)
         soft = soft + (rows * predicted).sum() / predicted.sum()

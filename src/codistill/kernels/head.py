@@ -103,7 +103,7 @@ def _may_round_to_bfloat16() -> Iterator[None]:
     PyTorch has no CPU product from bfloat16 operands to a float32 result. oneDNN has one, behind this switch,
     where the CPU has matrix units (AMX); elsewhere the switch selects its float32 product, the faster of PyTorch's two.
     """
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield

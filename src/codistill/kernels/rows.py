@@ -69,8 +69,9 @@ class _Block:
         self.gradient = {member: tensor[:rows] for member, tensor in self.gradient_scratch.items()}
         self.work = [tensor[:rows] for tensor in self.work_scratch]
         for member, z_RV in logits.items():
-            if self.heads[member].bias_V is not None:
-                z_RV += self.heads[member].bias_V
+            bias_V = self.heads[member].bias_V
+            if bias_V is not None:
+                z_RV += bias_V
         for (member, temperature), (log_p_RV, p_RV) in self.softmax.items():
             z_RV = logits[member] if temperature == 1 else torch.div(logits[member], temperature, out=p_RV)
             torch.log_softmax(z_RV, -1, out=log_p_RV)
@@ -88,7 +89,7 @@ class _Block:
         student, teacher = (self.softmax[member, edge.temperature] for member in (edge.student, edge.teacher))
         rate_R1 = self.scale_R1 * edge.weight * edge.temperature
         of = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}
-        loss_R = of[edge.divergence](student, teacher, self.gradient.get(edge.student), rate_R1, self.work)
+        loss_R = of[str(edge.divergence)](student, teacher, self.gradient.get(edge.student), rate_R1, self.work)
         return loss_R * edge.temperature**2
 
     def store(self, member: str, out_RV: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ Shape suffixes: C rows of a chunk, M members, E edges.
 """
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
+# mypy: disable-error-code="assignment"
 import torch
 import triton
 import triton.language as tl
