@@ -128,9 +128,9 @@ class Ranks:
         return rows
 
     def agree(self, flag: bool) -> bool:
-        """Whether any rank had said yes at the call before this one, for all ranks alike; alone, whether it says so now.
+        """Whether any rank had said yes at the call before this one: all ranks get the same answer at the same call.
 
-        The answer is one call late so that nobody waits for the network.
+        It is one call late so that nobody waits for the network. A process alone is answered at once.
         """
         if self.world == 1:
             return flag
