@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal, TypeVar, cast
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from codistill.errors import Elsewhere, MachineError, UserError
+from codistill.files import machine_error
 
 Engine = Literal["single", "ddp", "fsdp2"]
 Result = TypeVar("Result")
@@ -146,9 +148,12 @@ class Ranks:
         every other rank `Elsewhere`."""
         if self.world == 1:
             return work()
-        failure, result = None, None
+        failure: UserError | MachineError | None = None
+        result = None
         try:
             result = work()
+        except OSError as error:
+            failure = machine_error(error, Path(error.filename or os.curdir))
         except (UserError, MachineError) as error:
             failure = error
         said = self._tell("" if failure is None else f"{type(failure).__name__}:{failure}")
@@ -267,10 +272,10 @@ def _device(asked: str | None, engine: Engine) -> torch.device:
     device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
     if engine == "single" or device.type != "cuda":
         return device
-    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
+    count = torch.cuda.device_count()
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
         raise UserError(f"torchrun --nproc-per-node: this node has {count} GPUs; start at most one process for each")
-    return torch.device("cuda", local)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def _connect(place: torch.device) -> None:
