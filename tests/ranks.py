@@ -34,7 +34,8 @@ def on_ranks(work: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
         port = free.getsockname()[1]
         free.close()
         processes = [
-            _CONTEXT.Process(target=_one, args=(rank, world, port, folder, work, args)) for rank in range(world)
+            _CONTEXT.Process(target=_one, args=(rank, world, port, folder, {**os.environ}, work, args))
+            for rank in range(world)
         ]
         for process in processes:
             process.start()
@@ -49,9 +50,10 @@ def on_ranks(work: Callable[..., Any], *args: Any, world: int = 2) -> list[Any]:
         return [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(world)]
 
 
-def _one(rank: int, world: int, port: int, folder: str, work: Callable[..., Any], args: tuple) -> None:
+def _one(rank: int, world: int, port: int, folder: str, environment: dict, work: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    os.environ.update(environment)  # the server's own is as it was when it started
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from codistill.cohort import Cohort, Distillation, Member
-from codistill.distributed import ALONE, Ranks, started, whole
+from codistill.distributed import ALONE, Ranks, start, whole
 from codistill.errors import Elsewhere, MachineError, UserError
 from codistill.schedules import constant
 from cohorts import batch, predictor
@@ -75,11 +75,11 @@ def state(cohort: Cohort) -> dict[str, list[torch.Tensor]]:
 
 
 def stepped(engine: str, kind: str, world: int, steps: int = 5) -> dict:
-    with started(engine, "cpu") as ranks:
-        cohort = new_cohort(ranks, kind)
-        metrics = [cohort.step(step, share(step, ranks, world)) for step in range(steps)]
-        assert cohort.failure() is None
-        return {"state": state(cohort), "metrics": metrics}
+    ranks = start(engine, "cpu")
+    cohort = new_cohort(ranks, kind)
+    metrics = [cohort.step(step, share(step, ranks, world)) for step in range(steps)]
+    assert cohort.failure() is None
+    return {"state": state(cohort), "metrics": metrics}
 
 
 def assert_close(one: dict, other: dict, tolerance: float = 1e-6) -> None:
@@ -109,14 +109,14 @@ def test_shards_need_not_be_even():
 
 
 def company(engine: str, names: list[str]) -> dict:
-    with started(engine, "cpu") as ranks:
-        layers = {"large": 2, "small": 1, "guide": 3}
-        edges = [Distillation("large", "small")] if "small" in names else []
-        adamw = {"optimizer": partial(AdamW, fused=True), "dropout": 0.1}
-        cohort = Cohort([placed(ranks, name, layers[name], **adamw) for name in names], edges, ranks=ranks)
-        for step in range(3):
-            cohort.step(step, share(step, ranks, 2))
-        return state(cohort)
+    ranks = start(engine, "cpu")
+    layers = {"large": 2, "small": 1, "guide": 3}
+    edges = [Distillation("large", "small")] if "small" in names else []
+    adamw = {"optimizer": partial(AdamW, fused=True), "dropout": 0.1}
+    cohort = Cohort([placed(ranks, name, layers[name], **adamw) for name in names], edges, ranks=ranks)
+    for step in range(3):
+        cohort.step(step, share(step, ranks, 2))
+    return state(cohort)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -128,17 +128,17 @@ def test_a_members_bits_do_not_depend_on_its_company(engine):
 
 
 def broken_on_rank_1(engine: str) -> dict:
-    with started(engine, "cpu") as ranks:
-        cohort = new_cohort(ranks, "adamw")
-        cohort.step(0, share(0, ranks, 2))
-        if ranks.rank == 1:
-            with torch.no_grad():
-                bias = cohort.members["small"].predictor.output_bias
-                (bias.to_local() if isinstance(bias, DTensor) else bias)[0] = float("nan")
-        before = state(cohort)
-        cohort.step(1, share(1, ranks, 2))
-        cohort.step(2, share(2, ranks, 2))
-        return {"before": before, "after": state(cohort), "failure": str(cohort.failure())}
+    ranks = start(engine, "cpu")
+    cohort = new_cohort(ranks, "adamw")
+    cohort.step(0, share(0, ranks, 2))
+    if ranks.rank == 1:
+        with torch.no_grad():
+            bias = cohort.members["small"].predictor.output_bias
+            (bias.to_local() if isinstance(bias, DTensor) else bias)[0] = float("nan")
+    before = state(cohort)
+    cohort.step(1, share(1, ranks, 2))
+    cohort.step(2, share(2, ranks, 2))
+    return {"before": before, "after": state(cohort), "failure": str(cohort.failure())}
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -157,15 +157,15 @@ def exchanges(engine: str, micro_batches: int) -> int:
     def counted(collective):
         return lambda *args, **kwargs: (calls.append(1), collective(*args, **kwargs))[1]
 
-    with started(engine, "cpu") as ranks:
-        cohort = new_cohort(ranks)
-        cohort.step(0, [batch(ranks.rank)])
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor"):  # torch 2.13, and before
-                if hasattr(dist, name):
-                    patch.setattr(dist, name, counted(getattr(dist, name)))
-            cohort.step(1, [batch(10 * i + ranks.rank) for i in range(micro_batches)])
-        return len(calls)
+    ranks = start(engine, "cpu")
+    cohort = new_cohort(ranks)
+    cohort.step(0, [batch(ranks.rank)])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor"):  # torch 2.13, and before
+            if hasattr(dist, name):
+                patch.setattr(dist, name, counted(getattr(dist, name)))
+        cohort.step(1, [batch(10 * i + ranks.rank) for i in range(micro_batches)])
+    return len(calls)
 
 
 @pytest.mark.parametrize(("engine", "expected"), [("ddp", 2 + 2), ("fsdp2", 3 + 5)])
@@ -175,23 +175,21 @@ def test_accumulation_exchanges_no_more_gradients(engine, expected):
 
 
 def words_and_numbers() -> dict:
-    with started("ddp", "cpu") as ranks:
-        said = [ranks.agree(flag and ranks.rank == 1) for flag in (False, True, False, False)]
-        number = ranks.number(40 + ranks.rank)
-        table = ranks.table(
-            torch.tensor([[0.1], [0.2]], dtype=torch.float64) * (torch.arange(2) == ranks.rank)[:, None]
-        )
-        together = ranks.together(lambda: "both")
-        errors = []
-        for work in (fails_on(ranks, 1, UserError), fails_on(ranks, 0, MachineError), lambda: ranks.on_main(no_space)):
-            with pytest.raises((UserError, MachineError, Elsewhere)) as failure:
-                ranks.together(work) if work.__name__ == "work" else work()
-            errors.append(f"{type(failure.value).__name__} {failure.value}")
-        ranks.check_same("text", "data")
-        with pytest.raises((UserError, Elsewhere)) as failure:
-            ranks.check_same(f"text {ranks.rank}", "data")
+    ranks = start("ddp", "cpu")
+    said = [ranks.agree(flag and ranks.rank == 1) for flag in (False, True, False, False)]
+    number = ranks.number(40 + ranks.rank)
+    table = ranks.table(torch.tensor([[0.1], [0.2]], dtype=torch.float64) * (torch.arange(2) == ranks.rank)[:, None])
+    together = ranks.together(lambda: "both")
+    errors = []
+    for work in (fails_on(ranks, 1, UserError), fails_on(ranks, 0, MachineError), lambda: ranks.on_main(no_space)):
+        with pytest.raises((UserError, MachineError, Elsewhere)) as failure:
+            ranks.together(work) if work.__name__ == "work" else work()
         errors.append(f"{type(failure.value).__name__} {failure.value}")
-        return {"said": said, "number": number, "table": table, "together": together, "errors": errors}
+    ranks.check_same("text", "data")
+    with pytest.raises((UserError, Elsewhere)) as failure:
+        ranks.check_same(f"text {ranks.rank}", "data")
+    errors.append(f"{type(failure.value).__name__} {failure.value}")
+    return {"said": said, "number": number, "table": table, "together": together, "errors": errors}
 
 
 def no_space() -> None:
@@ -226,8 +224,8 @@ def test_one_process_needs_no_network():
     assert ALONE.agree(True)
     assert ALONE.number(3) == 3
     assert ALONE.together(lambda: 4) == 4
-    with started("auto", "cpu") as ranks:
-        assert (ranks.engine, ranks.world, ranks.is_main) == ("single", 1, True)
+    ranks = start("auto", "cpu")
+    assert (ranks.engine, ranks.world, ranks.is_main) == ("single", 1, True)
 
 
 @pytest.mark.parametrize(
@@ -241,5 +239,5 @@ def test_one_process_needs_no_network():
 def test_an_engine_that_does_not_fit_is_refused(engine, world, message, monkeypatch):
     if world:
         monkeypatch.setenv("WORLD_SIZE", world)
-    with pytest.raises(UserError, match=message), started(engine, "cpu"):
-        pass
+    with pytest.raises(UserError, match=message):
+        start(engine, "cpu")

@@ -1,23 +1,24 @@
 """One process, data parallelism (DDP) or sharded data parallelism (FSDP2), behind one door.
 
-    with started("auto") as ranks:            # under torchrun: one process per device
-        ranks.place(module)                   # same parameters everywhere, or a shard of them
-        for micro_batch in share_of_this_rank:
-            ranks.before_backward([module], is_last=...)
-            loss.backward()                   # a loss that is divided by the rows of all ranks
-        ranks.reduce([module.parameters()])   # gradients become sums over the ranks
+    ranks = start("auto")                     # under torchrun: one process per device
+    ranks.place(module)                       # same parameters everywhere, or a shard of them
+    for micro_batch in share_of_this_rank:
+        ranks.before_backward([module], is_last=...)
+        loss.backward()                       # of a loss that is divided by the rows of all ranks
+    ranks.reduce([module.parameters()])       # gradients become sums over the ranks
 
 Gradients are summed, never averaged: losses are divided by the global number of rows. There is no wrapper around a
 module, so a weight that is used outside its forward (an output embedding in a fused loss) is reduced like any other.
 Nothing here knows what a member is.
 """
 
+import atexit
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar, cast
 
@@ -210,9 +211,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-@contextmanager
-def started(engine: str = "auto", device: str | None = None) -> Iterator[Ranks]:
-    """The processes that torchrun started, connected, as seen from this one; disconnected at the end.
+def start(engine: str = "auto", device: str | None = None) -> Ranks:
+    """The processes that torchrun started, connected until they end, as seen from this one.
 
     `engine`: auto is ddp where torchrun started several processes, else single. `device`: cpu, cuda or cuda:N, by
     default a GPU of this process's own if there is one. Raises UserError for what does not fit together.
@@ -220,17 +220,9 @@ def started(engine: str = "auto", device: str | None = None) -> Iterator[Ranks]:
     chosen = _engine(engine)
     place = _device(device, chosen)
     if chosen == "single":
-        yield Ranks(device=place)
-        return
-    is_ours = not dist.is_initialized()
-    if is_ours:
-        _connect(place)
-    try:
-        control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        yield Ranks(chosen, dist.get_rank(), dist.get_world_size(), place, control)
-    finally:
-        if is_ours:
-            dist.destroy_process_group()
+        return Ranks(device=place)
+    control = _connected(place.type)
+    return Ranks(chosen, dist.get_rank(), dist.get_world_size(), place, control)
 
 
 def restarted() -> bool:
@@ -278,12 +270,18 @@ def _device(asked: str | None, engine: Engine) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def _connect(place: torch.device) -> None:
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
-    else:
-        dist.init_process_group("gloo")
+@cache
+def _connected(device_type: str) -> dist.ProcessGroup:
+    """Connects once in a process's life: a second attempt would find the addresses of the first."""
+    if not dist.is_initialized():
+        if device_type == "cuda":
+            place = _device("cuda", "ddp")
+            torch.cuda.set_device(place)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
+        else:
+            dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 # ---- gradients ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,22 +50,24 @@ def train(
     global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
     """
     if distributed.restarted() and (out / "run.yaml").is_file():
-        resume, fresh = True, False
-    with distributed.started(run.distributed, device) as ranks:
-        run = replace(run, precision=resolved_precision(run, ranks.device))
-        ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
-        torch.use_deterministic_algorithms(run.deterministic)
-        built = build(run, ranks.device, ranks)
-        accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
-        ranks.together(accept)
-        saved = _newest(out, ranks) if resume else None
-        run = _recorded(run, built, distribution(out if resume else None, ranks, saved), ranks)
-        ranks.on_main(partial(open_folder, run, out, resume=resume, fresh=fresh))
-        with _signals() as asked_to_stop:
-            try:
-                _run(run, built, out, saved, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
-            except OSError as error:
-                raise machine_error(error, out) from error
+        resume, fresh = True, False  # whatever the command was: what this job has done so far is there
+    ranks = distributed.start(run.distributed, device)
+    if distributed.restarted() and ranks.is_main:
+        print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
+    run = replace(run, precision=resolved_precision(run, ranks.device))
+    ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
+    torch.use_deterministic_algorithms(run.deterministic)
+    built = build(run, ranks.device, ranks)
+    accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
+    ranks.together(accept)
+    saved = _newest(out, ranks) if resume else None
+    run = _recorded(run, built, distribution(out if resume else None, ranks, saved), ranks)
+    ranks.on_main(partial(open_folder, run, out, resume=resume, fresh=fresh))
+    with _signals() as asked_to_stop:
+        try:
+            _run(run, built, out, saved, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
+        except OSError as error:
+            raise machine_error(error, out) from error
     return out
 
 
