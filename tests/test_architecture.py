@@ -10,6 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "codistill"
 FLOORS = [
     {"errors", "seeds"},
     {"progress", "files"},
+    {"distributed"},
     {"schedules", "divergences", "data", "checkpoint"},
     {"config"},
     {"loading"},

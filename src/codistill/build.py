@@ -20,6 +20,7 @@ from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
+from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, MaskedLM
@@ -45,14 +46,22 @@ class Built:
     models: dict[str, PreTrainedModel] = field(default_factory=dict)
 
 
-def build(run: Run, device: torch.device) -> Built:
-    """The live objects of `run`; raises UserError for whatever in it cannot be had."""
+def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
+    """The live objects of `run`; raises UserError, on all ranks, for whatever in it cannot be had on one of them."""
+    materials, predictors = ranks.together(lambda: _materials(run, device, ranks))
+    for predictor in predictors.values():
+        ranks.place(predictor)
+    return Built(cohort=_cohort(run, predictors, ranks), **materials)
+
+
+def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Predictor]]:
+    """All of `Built` but the cohort, and the predictors for that, before they are placed."""
     _check_sources(run)
     loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
-    corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train")
+    corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
-    validation = _prepared(run.data.validation, tokenizer, "data.validation")
+    validation = _prepared(run.data.validation, tokenizer, "data.validation", ranks)
     objective = MaskedLM(run.objective.mask_rate)
     masked = held_out(
         validation,
@@ -70,16 +79,17 @@ def build(run: Run, device: torch.device) -> Built:
         accumulate=run.batch.accumulate,
         seed=run.seed,
     )
+    batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
-    return Built(
-        cohort=_cohort(run, models, vocabulary_size(tokenizer)),
-        batches=batches,
-        held_out=[to_device(batch, device) for batch in masked],
-        unigram=unigram_cross_entropy(corpus.unigram_counts(), masked),
-        tokenizer=tokenizer,
-        provenance=provenance(run, [corpus, validation], tokenizer, device),
-        models=models,
-    )
+    materials = {
+        "batches": batches,
+        "held_out": [to_device(batch, device) for batch in masked],
+        "unigram": unigram_cross_entropy(corpus.unigram_counts(), masked),
+        "tokenizer": tokenizer,
+        "provenance": provenance(run, [corpus, validation], tokenizer, device),
+        "models": models,
+    }
+    return materials, {name: Predictor(model, vocabulary_size(tokenizer)) for name, model in models.items()}
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -105,7 +115,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str) -> Corpus:
+def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str, ranks: Ranks) -> Corpus:
+    if (
+        not ranks.is_main
+    ):  # one rank of a node prepares the text, the others wait for it, and rank 0 shows how far it is
+        return cached(sources, tokenizer)
     with preparing(f"preparing {field}") as progress:
         return cached(sources, tokenizer, progress=progress)
 
@@ -171,8 +185,8 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
     return loss_of
 
 
-def _cohort(run: Run, models: dict[str, PreTrainedModel], vocabulary: int) -> Cohort:
-    members = [_member(run, name, model, vocabulary) for name, model in models.items()]
+def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
+    members = [_member(run, name, predictor) for name, predictor in predictors.items()]
     edges = [
         Distillation(e.teacher, e.student, e.divergence, schedules.build(e.weight, run.steps), e.temperature)
         for e in run.distillation
@@ -183,15 +197,16 @@ def _cohort(run: Run, models: dict[str, PreTrainedModel], vocabulary: int) -> Co
         seed=run.seed,
         precision=getattr(torch, run.precision),
         skip_non_finite=run.non_finite == "skip",
+        ranks=ranks,
     )
 
 
-def _member(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> Member:
+def _member(run: Run, name: str, predictor: Predictor) -> Member:
     config = run.members[name]
     return Member(
         name,
-        Predictor(model, vocabulary),
-        None if config.frozen else _optimizer(model, config),
+        predictor,
+        None if config.frozen else _optimizer(predictor, config),
         lr=schedules.build(config.lr, run.steps),
         hard_weight=schedules.build(config.hard_weight, run.steps),
         clip=config.clip,
@@ -199,9 +214,9 @@ def _member(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> Mem
     )
 
 
-def _optimizer(model: PreTrainedModel, config: MemberConfig) -> Optimizer:
+def _optimizer(predictor: Predictor, config: MemberConfig) -> Optimizer:
     """AdamW without decay on norms and biases, which are the tensors of one dimension."""
-    parameters = list(model.parameters())
+    parameters = list(predictor.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from codistill.distributed import ALONE, Ranks, like, whole
 from codistill.errors import UserError
 from codistill.files import atomic_folder, sha256
 
@@ -55,26 +56,28 @@ class Saver:
     """Writes checkpoints to `folder` in a thread of its own, one at a time.
 
     `save` returns once the state is copied to host memory; what went wrong in writing is raised, as MachineError, by
-    the next `save` or `finish`.
+    the next `save` or `finish`. All `ranks` call both: each gives its shards, and rank 0 writes the whole.
     """
 
-    def __init__(self, folder: Path, retention: Retention):
-        self.folder, self.retention = folder, retention
+    def __init__(self, folder: Path, retention: Retention, ranks: Ranks = ALONE):
+        self.folder, self.retention, self.ranks = folder, retention, ranks
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
     def save(self, step: int, members: Mapping[str, Trained], score: float | None = None) -> None:
         """Starts a checkpoint of the state before step `step`; `score` is a held-out loss, lower is better."""
-        self._wait()
-        snapshots = {name: snapshot(member) for name, member in members.items()}
-        self._writing = self._thread.submit(write, self.folder, step, snapshots, self.retention, score)
+        self.ranks.on_main(self._wait)
+        snapshots = {name: snapshot(member, self.ranks) for name, member in members.items()}
+        if self.ranks.is_main:
+            self._writing = self._thread.submit(write, self.folder, step, snapshots, self.retention, score)
 
     def finish(self) -> None:
         """Returns once everything is on disk."""
-        try:
-            self._wait()
-        finally:
-            self._thread.shutdown()
+        self.ranks.on_main(self._wait)
+
+    def close(self) -> None:
+        """Ends the thread, once what it has begun is on disk."""
+        self._thread.shutdown()
 
     def _wait(self) -> None:
         if self._writing is not None:
@@ -82,16 +85,27 @@ class Saver:
             writing.result()
 
 
-def snapshot(member: Trained) -> Snapshot:
-    """A copy of `member`'s state in host memory. Tied tensors are stored once, under the first of their names."""
-    seen: set[int] = set()
-    parameters = {}
-    for name, tensor in member.model.state_dict().items():
-        if tensor.data_ptr() not in seen or not tensor.numel():
-            seen.add(tensor.data_ptr())
-            parameters[name] = _to_host(tensor)
-    moments = {name: _to_host(tensor) for name, tensor in _moments(member).items()}
+def snapshot(member: Trained, ranks: Ranks = ALONE) -> Snapshot:
+    """A copy of `member`'s state in rank 0's host memory, which is all of it; the other ranks' copies are empty."""
+    parameters, moments = gathered(distinct(member.model), ranks), gathered(_moments(member), ranks)
     return Snapshot(member.model.config.to_json_string(), parameters, moments)
+
+
+def distinct(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Parameters and buffers of `model` by name; tied ones once, under the first of their names."""
+    names: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if names.setdefault(id(tensor), name) == name}
+
+
+def gathered(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Copies in rank 0's host memory, whole and one after the other; every rank must ask for the same."""
+    copies = {}
+    for name, tensor in tensors.items():
+        entire = whole(tensor.detach())
+        if ranks.is_main:
+            copies[name] = entire.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return copies
 
 
 def write(
@@ -102,7 +116,7 @@ def write(
     score: float | None = None,
 ) -> Path:
     """Writes `folder`/step-…, then drops what `retention` does not keep. Raises MachineError; keeps what was there."""
-    place = folder / f"step-{step:08d}"
+    place = place_of(folder, step)
     with atomic_folder(place) as fresh:
         for name, member in snapshots.items():
             (fresh / name).mkdir()
@@ -113,6 +127,16 @@ def write(
     for old in _dropped(folder, retention):
         shutil.rmtree(old, ignore_errors=True)
     return place
+
+
+def place_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of the state before `step` is."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(place: Path) -> int:
+    """The step that the checkpoint at `place` goes on with."""
+    return int(place.name.removeprefix("step-"))
 
 
 def newest(folder: Path) -> Path | None:
@@ -193,23 +217,18 @@ def _read_manifest(place: Path) -> dict[str, Any] | None:
 # ---- tensors -----------------------------------------------------------------------------------
 
 
-def _to_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
+@torch.no_grad()
 def _restore_parameters(folder: Path, model: PreTrainedModel) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    state = model.state_dict()
+    tensors, state = load_file(folder / "model.safetensors"), distinct(model)
     wrong = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
-    restored = {state[name].data_ptr() for name in tensors if name in state}
-    # Tied tensors are stored once, so the file may name fewer tensors than the model does, but never fewer storages.
-    wrong += [name for name, tensor in state.items() if tensor.data_ptr() not in restored]
+    wrong += [name for name in state if name not in tensors]
     if wrong:
         raise UserError(
             f"{folder}: the checkpoint is of a model of another shape ({wrong[0]} does not match); resume with the "
             "configuration that it was made with"
         )
-    model.load_state_dict(tensors, strict=False)
+    for name, tensor in state.items():
+        tensor.copy_(like(tensors[name], tensor))
 
 
 def _moments(member: Trained) -> dict[str, Tensor]:
@@ -225,5 +244,9 @@ def _restore_moments(member: Trained, moments: Mapping[str, Tensor]) -> None:
     member.optimizer.state.clear()
     for key, tensor in moments.items():
         moment, name = key.split("/", 1)
-        # AdamW keeps its step count where it wants it: beside the parameter when fused, else on the host.
-        member.optimizer.state[parameters[name]][moment] = tensor.to(parameters[name].device)
+        parameter = parameters[name]
+        # A moment is as its parameter; the step count is a number beside it, since the optimizers here are fused.
+        is_moment = tensor.shape == parameter.shape
+        member.optimizer.state[parameter][moment] = (
+            like(tensor, parameter) if is_moment else tensor.to(parameter.device)
+        )

@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 
 130 interrupted.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from codistill.config import Run
-from codistill.errors import MachineError, UserError
+from codistill.errors import Elsewhere, MachineError, UserError
 from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.recipes import RECIPES, check_teachers, find
 
@@ -215,12 +216,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
+    except Elsewhere as error:  # of several processes that torchrun started, another says why
+        sys.exit(error.args[0])
 
 
 def _fail(message: str, status: int) -> None:
+    if not _speaks("LOCAL_RANK"):
+        sys.exit(status)
     line = " ".join(message.split())
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]codistill:[/] {escape(line)}")
     sys.exit(status)
+
+
+def _speaks(rank: str) -> bool:
+    """Whether this process is the first of those that torchrun started (RANK), on this node (LOCAL_RANK)."""
+    return os.environ.get(rank, "0") == "0"
 
 
 def _resolve(source: str, assignments: Sequence[str]) -> Run:
@@ -237,8 +247,9 @@ def _default_folder(source: str) -> Path:
 
 
 def _train(run: Run, folder: Path, **options: Any) -> None:
-    from codistill.progress import shown
+    from codistill.progress import quiet, shown
 
+    shown = shown if _speaks("RANK") else quiet
     with shown("loading", 1):
         from codistill import report
         from codistill.train import Stopped
@@ -247,8 +258,11 @@ def _train(run: Run, folder: Path, **options: Any) -> None:
         with shown("training", run.steps) as advance:
             train_run(run, folder, advance=advance, **options)
     except Stopped:
-        _out.print(f"stopped and saved; to go on: codistill train {folder / 'run.yaml'} --resume", markup=False)
+        if _speaks("RANK"):
+            _out.print(f"stopped and saved; to go on: codistill train {folder / 'run.yaml'} --resume", markup=False)
         sys.exit(STOPPED)
+    if not _speaks("RANK"):
+        return
     _out.print(report.results_table(folder))
     picture = report.draw_curves(folder)
     _out.print(f"run folder: {folder}" + (f"\nlearning curves: {picture}" if picture else ""), markup=False)

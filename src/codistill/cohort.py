@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from codistill.distributed import ALONE, Ranks
 from codistill.kernels import CohortLoss, Edge, linear_cohort_loss
 from codistill.members import Predictor
 from codistill.objectives import Batch
@@ -70,7 +71,8 @@ class Cohort:
 
     `precision` is the dtype of the backbones' matrix products: torch.float32, or torch.bfloat16 under autocast;
     parameters, logits and losses are float32 either way. A step in which a loss or gradient is not finite changes no
-    parameter; with `skip_non_finite` the next one goes on, without it no later step changes any either.
+    parameter; with `skip_non_finite` the next one goes on, without it no later step changes any either. With several
+    `ranks`, each is given its own share of the micro-batches, and the step is that of one process with all of them.
     """
 
     def __init__(
@@ -81,11 +83,11 @@ class Cohort:
         seed: int = 0,
         precision: torch.dtype = torch.float32,
         skip_non_finite: bool = False,
-        rank: int = 0,
+        ranks: Ranks = ALONE,
     ):
         self.members = {member.name: member for member in members}
         self.distillation = list(distillation)
-        self.seed, self.precision, self.rank = seed, precision, rank
+        self.seed, self.precision, self.ranks = seed, precision, ranks
         self.trained = [member for member in members if member.is_trained]
         self.device = self.trained[0].parameters[0].device
         self._watch = Watch([member.name for member in self.trained], self.device, skip_non_finite)
@@ -93,18 +95,19 @@ class Cohort:
     def step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         """One update of every trained member, all from the parameters before the step; returns device scalars.
 
-        The loss is the mean over the predicted rows of all micro-batches. Metrics: `NAME/hard` and
+        The loss is the mean over the predicted rows of all micro-batches on all ranks. Metrics: `NAME/hard` and
         `NAME/from_TEACHER` (nats, unweighted), `NAME/grad_norm` (before clipping). Never waits for the device.
         """
         edges = [edge for edge in self._edges(step) if edge.weight != 0]
         taking_part = [m for m in self.members.values() if m.is_trained or any(m.name == e.teacher for e in edges)]
-        denominator = _num_rows(micro_batches, self.device)
+        (denominator,) = self.ranks.sum([_num_rows(micro_batches, self.device)])
         losses = []
         for index, batch in enumerate(micro_batches):
             features = {m.name: self._features(m, batch, step, index) for m in taking_part}
             losses.append(self._loss(features, batch, step, edges, denominator))
-            losses[-1].total.backward()
+            self._backward(losses[-1].total, is_last=index == len(micro_batches) - 1)
         metrics = _summed(losses, edges)
+        metrics = dict(zip(metrics, self.ranks.sum(list(metrics.values())), strict=True))
         metrics |= self._update(step, metrics)
         return metrics
 
@@ -124,7 +127,7 @@ class Cohort:
     def _features(self, member: Member, batch: Batch, step: int, micro_batch: int) -> Tensor:
         """(N, D) features of the predicted rows; the noise is a function of (seed, step, micro-batch, rank, name)."""
         if member.is_trained:
-            _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.rank, member.noise_key))
+            _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.ranks.rank, member.noise_key))
         with torch.set_grad_enabled(member.is_trained), self._autocast():
             return member.predictor(batch.inputs, batch.rows_N)
 
@@ -145,12 +148,20 @@ class Cohort:
                 vocabulary=members[0].predictor.vocabulary,
             )
 
+    def _backward(self, total: Tensor, *, is_last: bool) -> None:
+        """Adds to the gradients; with the last micro-batch's they become those of all ranks."""
+        self.ranks.before_backward([m.predictor for m in self.trained], is_last=is_last)
+        total.backward()
+        if is_last:
+            self.ranks.reduce([m.parameters for m in self.trained])
+            self.ranks.release([m.predictor for m in self.members.values() if not m.is_trained])
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _update(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Clips and steps every trained member, unless anything in this or an earlier step was not finite."""
-        norms = [torch.nn.utils.clip_grad_norm_(m.parameters, m.clip) for m in self.trained]
+        norms = self.ranks.clip([(m.parameters, m.clip) for m in self.trained])
         suppressed = self._watch.observe(step, [metrics[f"{m.name}/hard"] for m in self.trained], norms)
         for member in self.trained:
             _step_optimizer(member, member.lr(step), suppressed)

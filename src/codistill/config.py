@@ -139,6 +139,7 @@ class Run:
     """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes).
 
     `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
+    `distributed`: what the processes that torchrun starts share; auto is ddp where there are several, else single.
     """
 
     recipe: str | None = None
@@ -152,6 +153,7 @@ class Run:
     deterministic: bool = False
     seed: int = limited(0, low=0)
     non_finite: Literal["stop", "skip"] = "stop"
+    distributed: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluation = field(default_factory=Evaluation)
     log: Logging = field(default_factory=Logging)

@@ -1,4 +1,4 @@
-"""The two ways in which a command can fail without being broken."""
+"""The ways in which a command can fail without being broken."""
 
 
 class UserError(Exception):
@@ -10,3 +10,7 @@ class UserError(Exception):
 
 class MachineError(Exception):
     """The machine failed: no space, no permission, no memory (exit status 1). One line, as in `UserError`."""
+
+
+class Elsewhere(Exception):
+    """Another process of the run failed, and rank 0 says why: this one ends quietly with `args[0]` as exit status."""

@@ -46,6 +46,12 @@ def shown(what: str, total: int, console: Console | None = None) -> Iterator[Adv
         yield advance
 
 
+@contextmanager
+def quiet(what: str, total: int, console: Console | None = None) -> Iterator[Advance]:
+    """As `shown`, for a process that another one speaks for."""
+    yield silent
+
+
 class Reading(Protocol):
     """How far reading has come: bytes done and in all, and the rate (`codistill.data.prepare.Progress` is one)."""
 

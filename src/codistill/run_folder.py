@@ -2,20 +2,25 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from codistill.build import Built
+from codistill.checkpoint import distinct, gathered, step_of
 from codistill.config import Run
+from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.files import atomic_folder, machine_error, write_file
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.scores import Score
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
-_DETERMINING = ("data", "tokenizer", "members", "versions")
+DETERMINING = ("data", "tokenizer", "members", "versions")
 
 
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
@@ -45,7 +50,7 @@ def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resu
     Without it the numbers would silently be of something else. A configuration without provenance has no such past.
     """
     before = load(read_run(out / "run.yaml")).provenance if resume else run.provenance
-    for key in _DETERMINING if resume else _DETERMINING[:-1]:
+    for key in DETERMINING if resume else DETERMINING[:-1]:
         was, now = (before or {}).get(key), provenance[key]
         if was is not None and was != now and not accept_changes:
             raise UserError(
@@ -69,11 +74,43 @@ def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
         raise machine_error(error, out) from error
 
 
+def distribution(out: Path | None, ranks: Ranks, saved: Path | None) -> list[dict[str, Any]]:
+    """From which step on a run was computed on how many ranks by which engine: in `out` so far, and from `saved` on.
+
+    Where that changes, rank 0 says so: the samples and masks stay the same, but not the last bits and dropout noise.
+    """
+    past = [] if out is None else (load(read_run(out / "run.yaml")).provenance or {}).get("distribution", [])
+    first = 0 if saved is None else step_of(saved)
+    now = {"engine": ranks.engine, "ranks": ranks.world}
+    before = {key: past[-1][key] for key in now} if past else now
+    if before != now and ranks.is_main:
+        was, is_now = (f"{part['ranks']} x {part['engine']}" for part in (before, now))
+        print(
+            f"{out}: computed as {was} so far, as {is_now} from step {first} on: the same samples and masks in "
+            "the same order, results equal but for rounding, and for the noise of dropout",
+            file=sys.stderr,
+        )
+    return past if past and before == now else [*past, {"from_step": first, **now}]
+
+
 def finish(run: Run, built: Built, out: Path, scores: Mapping[str, Score], seconds: float) -> None:
-    """Writes the final members, and `results.json` last of all: it marks a run as finished."""
+    """Writes the final members, and `results.json` last of all: it marks a run as finished. All ranks take part."""
+    ranks = built.cohort.ranks
+    parameters = {name: gathered(distinct(model), ranks) for name, model in built.models.items()}
+    ranks.on_main(lambda: _write_final(run, built, out, parameters, scores, seconds))
+
+
+def _write_final(
+    run: Run,
+    built: Built,
+    out: Path,
+    parameters: Mapping[str, dict[str, Tensor]],
+    scores: Mapping[str, Score],
+    seconds: float,
+) -> None:
     with atomic_folder(out / "members") as fresh:
         for name, model in built.models.items():
-            model.save_pretrained(fresh / name)
+            model.save_pretrained(fresh / name, state_dict=parameters[name])
             built.tokenizer.save_pretrained(fresh / name)
     results = {
         "members": {name: _result(run, built, name, score) for name, score in scores.items()},
@@ -100,7 +137,9 @@ def _result(run: Run, built: Built, name: str, score: Score) -> dict[str, Any]:
 
 
 def _changed_settings(old: Run, new: Run) -> list[str]:
-    was, now = (_flat(to_dict(replace(run, provenance=None, precision="auto"))) for run in (old, new))
+    was, now = (
+        _flat(to_dict(replace(run, provenance=None, precision="auto", distributed="auto"))) for run in (old, new)
+    )
     return [
         f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())

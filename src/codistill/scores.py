@@ -1,7 +1,7 @@
 """Held-out scores of members on given batches. Shape suffixes: N predicted rows, D width, V vocabulary."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from codistill.distributed import ALONE, Ranks
 from codistill.members import Predictor
 from codistill.objectives import Batch
 
@@ -29,17 +30,25 @@ class Score(NamedTuple):
 
 
 @torch.no_grad()
-def held_out(predictor: Predictor, batches: Iterable[Batch], precision: torch.dtype = torch.float32) -> Score:
-    """The score of `predictor` in evaluation mode; rows of weight 0 do not count."""
+def held_out(
+    predictor: Predictor, batches: Sequence[Batch], precision: torch.dtype = torch.float32, ranks: Ranks = ALONE
+) -> Score:
+    """The score of `predictor` in evaluation mode; rows of weight 0 do not count.
+
+    Every rank gives all `batches` and scores its share of them; the score's bits do not depend on how many ranks.
+    """
     was_training = predictor.training
     predictor.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for batch in batches:
-        with torch.autocast(batch.labels_N.device.type, precision, enabled=precision != torch.float32):
-            features_ND = predictor(batch.inputs, batch.rows_N)
-        sums += _sums(predictor, features_ND, batch).cpu()
+    sums_K3 = torch.zeros(len(batches), 3, dtype=torch.float64)
+    for first in range(0, len(batches), ranks.world):
+        # A rank that has run out of batches takes part all the same: shards of a model are put together by all ranks.
+        index = min(first + ranks.rank, len(batches) - 1)
+        sums_3 = _sums_of(predictor, batches[index], precision)
+        if index == first + ranks.rank:
+            sums_K3[index] = sums_3.cpu()
     predictor.train(was_training)
-    loss, right, rows = sums.tolist()
+    ranks.release([predictor])
+    loss, right, rows = sum(ranks.table(sums_K3).unbind(), torch.zeros(3, dtype=torch.float64)).tolist()
     return Score(loss / rows, right / rows, round(rows)) if rows else Score(math.nan, math.nan, 0)
 
 
@@ -51,6 +60,12 @@ def unigram_cross_entropy(counts_V: np.ndarray, batches: Sequence[Batch]) -> flo
     log_p_V = np.log((counts_V + 1.0) / (counts_V.sum() + len(counts_V)))
     labels, weights = zip(*((_numpy(b.labels_N), _numpy(_row_weight(b))) for b in batches), strict=True)
     return float(-np.average(log_p_V[np.concatenate(labels)], weights=np.concatenate(weights)))
+
+
+def _sums_of(predictor: Predictor, batch: Batch, precision: torch.dtype) -> Tensor:
+    with torch.autocast(batch.labels_N.device.type, precision, enabled=precision != torch.float32):
+        features_ND = predictor(batch.inputs, batch.rows_N)
+    return _sums(predictor, features_ND, batch)
 
 
 def _sums(predictor: Predictor, features_ND: Tensor, batch: Batch) -> Tensor:

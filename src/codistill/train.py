@@ -1,7 +1,10 @@
 """The loop: when to step, log, evaluate, save and stop. What a step does is `codistill.cohort`'s business."""
 
+import json
+import os
 import signal
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -9,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from codistill import checkpoint
+from codistill import checkpoint, distributed
 from codistill.build import Built, build, resolved_precision, to_device
 from codistill.checkpoint import Retention, Saver, Trained
 from codistill.config import Run
+from codistill.distributed import Ranks
 from codistill.files import machine_error
 from codistill.metrics import MetricsLog
 from codistill.progress import Advance, silent
-from codistill.run_folder import check_folder, check_provenance, finish, open_folder
+from codistill.run_folder import DETERMINING, check_folder, check_provenance, distribution, finish, open_folder
 from codistill.scores import Score, held_out
 from codistill.watch import NonFiniteError
 
@@ -44,33 +49,58 @@ def train(
     saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way. Seeds PyTorch's
     global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    run = replace(run, precision=resolved_precision(run, place))
-    check_folder(run, out, resume=resume, fresh=fresh, accept_changes=accept_changes)
+    if distributed.restarted() and (out / "run.yaml").is_file():
+        resume, fresh = True, False  # whatever the command was: what this job has done so far is there
+    ranks = distributed.start(run.distributed, device)
+    if distributed.restarted() and ranks.is_main:
+        print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
+    run = replace(run, precision=resolved_precision(run, ranks.device))
+    ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
     torch.use_deterministic_algorithms(run.deterministic)
-    built = build(run, place)
-    check_provenance(run, out, built.provenance, resume=resume, accept_changes=accept_changes)
-    open_folder(replace(run, provenance=built.provenance), out, resume=resume, fresh=fresh)
+    built = build(run, ranks.device, ranks)
+    accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
+    ranks.together(accept)
+    saved = _newest(out, ranks) if resume else None
+    run = _recorded(run, built, distribution(out if resume else None, ranks, saved), ranks)
+    ranks.on_main(partial(open_folder, run, out, resume=resume, fresh=fresh))
     with _signals() as asked_to_stop:
         try:
-            _run(run, built, out, advance, lambda step: asked_to_stop() or step == stop_at)
+            _run(run, built, out, saved, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
         except OSError as error:
             raise machine_error(error, out) from error
     return out
 
 
-def _run(run: Run, built: Built, out: Path, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
+def _newest(out: Path, ranks: Ranks) -> Path | None:
+    """The checkpoint that rank 0 finds to be the newest good one."""
+    found = ranks.together(lambda: checkpoint.newest(out / "checkpoints") if ranks.is_main else None)
+    step = ranks.number(-1 if found is None else checkpoint.step_of(found))
+    return None if step < 0 else checkpoint.place_of(out / "checkpoints", step)
+
+
+def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks) -> Run:
+    """`run` with all that determined its numbers, which must be the same on all ranks."""
+    same = {key: built.provenance[key] for key in DETERMINING}
+    ranks.check_same(json.dumps(same | {"precision": run.precision}), "text, tokenizer, members, versions or precision")
+    return replace(run, provenance=built.provenance | {"distribution": parts})
+
+
+def _run(
+    run: Run, built: Built, out: Path, saved: Path | None, advance: Advance, asked_to_stop: Callable[[int], bool]
+) -> None:
+    ranks = built.cohort.ranks
     trained = {m.name: Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained if m.optimizer}
-    saved = checkpoint.newest(out / "checkpoints")
-    first = checkpoint.load(saved, trained) if saved else 0
-    log = MetricsLog(out / "metrics.jsonl", first, run.batch.sequences * run.data.length)
+    first = ranks.together(lambda: checkpoint.load(saved, trained)) if saved else 0
+    file = out / "metrics.jsonl" if ranks.is_main else Path(os.devnull)
+    log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length))
     keep = run.checkpoint
-    saver = Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best))
+    saver = Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)
     try:
         save = partial(saver.save, members=trained)
         scores = _loop(run, built, first, log, advance, asked_to_stop, save)
-    finally:
         saver.finish()
+    finally:
+        saver.close()
     if scores is None:
         raise Stopped(out)
     finish(run, built, out, scores, log.seconds)
@@ -87,24 +117,30 @@ def _loop(
 ) -> dict[str, Score] | None:
     """The final scores, or None if it was asked to stop."""
     scores: dict[str, Score] = {}
+    ranks = built.cohort.ranks
     for done in range(first + 1, run.steps + 1):
-        micro_batches = [to_device(batch, built.cohort.device) for batch in built.batches.at(done - 1)]
+        shared_out = built.batches.at(done - 1, rank=ranks.rank, world=ranks.world)
+        micro_batches = [to_device(batch, built.cohort.device) for batch in shared_out]
         metrics = built.cohort.step(done - 1, micro_batches)
         ends, score = done == run.steps, None
         if ends or done % run.log.every == 0:
-            check_finite(built)
-            advance(done, log.write(done, metrics, built.cohort.num_skipped()))
+            ranks.together(partial(_report, built, done, metrics, log, advance))
         if ends or done % run.evaluate.every == 0:
             scores = score_members(built, run)
-            log.write_held_out(done, scores)
+            ranks.together(partial(log.write_held_out, done, scores))
             score = sum(scores[member.name].loss for member in built.cohort.trained)
         stops = not ends and asked_to_stop(done)
         if ends or stops or done % run.checkpoint.every == 0:
-            check_finite(built)
+            ranks.together(partial(check_finite, built))
             save(done, score=score)
         if stops:
             return None
     return scores or score_members(built, run)
+
+
+def _report(built: Built, done: int, metrics: Mapping[str, Tensor], log: MetricsLog, advance: Advance) -> None:
+    check_finite(built)
+    advance(done, log.write(done, metrics, built.cohort.num_skipped()))
 
 
 def check_finite(built: Built) -> None:
@@ -119,7 +155,8 @@ def check_finite(built: Built) -> None:
 def score_members(built: Built, run: Run) -> dict[str, Score]:
     """Held-out score of every member, frozen ones too."""
     precision = getattr(torch, run.precision)
-    return {m.name: held_out(m.predictor, built.held_out, precision) for m in built.cohort.members.values()}
+    ranks = built.cohort.ranks
+    return {m.name: held_out(m.predictor, built.held_out, precision, ranks) for m in built.cohort.members.values()}
 
 
 @contextmanager
