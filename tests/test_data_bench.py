@@ -2,7 +2,7 @@
 
 import os
 
-from codistill.bench_data import bench_data
+from codistill.bench.data import bench_data
 from data_examples import documents, vocabulary_file
 
 

@@ -33,7 +33,7 @@ def machine() -> dict:
 
 
 def speed(data: Path) -> dict:
-    from codistill.bench_data import bench_data
+    from codistill.bench.data import bench_data
 
     source = data / "text" / "english-novels" / "train-00000-of-00003.parquet"
     vocabulary = data / "vocab" / "bert-base-uncased.txt"

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data.order import GOLDEN, fraction_below, keyed, mix
-from .errors import UserError
+from codistill.data.order import GOLDEN, fraction_below, keyed, mix
+from codistill.errors import UserError
 
 if TYPE_CHECKING:
-    from .data.tokenizers import Vocabulary
+    from codistill.data.tokenizers import Vocabulary
 
 _NEVER = np.uint64(2**64 - 1)
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,11 @@ from codistill import checkpoint, distributed
 from codistill.build import Built, build, resolved_precision, to_device
 from codistill.checkpoint import Retention, Saver, Trained
 from codistill.config import Run
+from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
 from codistill.files import machine_error
 from codistill.metrics import MetricsLog
+from codistill.objectives import Batch
 from codistill.progress import Advance, silent
 from codistill.run_folder import DETERMINING, check_folder, check_provenance, distribution, finish, open_folder
 from codistill.scores import Score, held_out
@@ -97,7 +99,8 @@ def _run(
     saver = Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)
     try:
         save = partial(saver.save, members=trained)
-        scores = _loop(run, built, first, log, advance, asked_to_stop, save)
+        with closing(prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world)) as batches:
+            scores = _loop(run, built, first, batches, log, advance, asked_to_stop, save)
         saver.finish()
     finally:
         saver.close()
@@ -110,6 +113,7 @@ def _loop(
     run: Run,
     built: Built,
     first: int,
+    batches: Iterator[list[Batch]],
     log: MetricsLog,
     advance: Advance,
     asked_to_stop: Callable[[int], bool],
@@ -118,10 +122,8 @@ def _loop(
     """The final scores, or None if it was asked to stop."""
     scores: dict[str, Score] = {}
     ranks = built.cohort.ranks
-    for done in range(first + 1, run.steps + 1):
-        shared_out = built.batches.at(done - 1, rank=ranks.rank, world=ranks.world)
-        micro_batches = [to_device(batch, built.cohort.device) for batch in shared_out]
-        metrics = built.cohort.step(done - 1, micro_batches)
+    for done, micro_batches in enumerate(batches, start=first + 1):
+        metrics = built.cohort.step(done - 1, [to_device(batch, built.cohort.device) for batch in micro_batches])
         ends, score = done == run.steps, None
         if ends or done % run.log.every == 0:
             ranks.together(partial(_report, built, done, metrics, log, advance))

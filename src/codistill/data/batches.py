@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..errors import UserError
-from ..seeds import seed_of
-from .corpus import Corpus
-from .order import keyed, permute
-from .packing import Packed, Padded, Rows, document_inputs
-from .tokenizers import Vocabulary
+from codistill.data.corpus import Corpus
+from codistill.data.order import keyed, permute
+from codistill.data.packing import Packed, Padded, Rows, document_inputs
+from codistill.data.tokenizers import Vocabulary
+from codistill.errors import UserError
+from codistill.seeds import seed_of
 
 if TYPE_CHECKING:
-    from ..objectives import Batch
+    from codistill.objectives import Batch
 
 PACKINGS = ("contiguous", "padded")
 # Of every so many rows each corpus of a mixture gets its whole share, so a share is exact to 1 / 10000.

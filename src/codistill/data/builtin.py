@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from ..errors import UserError
+from codistill.errors import UserError
 
 PARTS = {"builtin:python": (0.0, 1.0), "builtin:python/train": (0.05, 1.0), "builtin:python/validation": (0.0, 0.05)}
 _SKIPPED = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}

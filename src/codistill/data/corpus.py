@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import MachineError, UserError
-from .shards import shard_files, write_atomically
-from .sources import hash_file
+from codistill.data.shards import shard_files, write_atomically
+from codistill.data.sources import hash_file
+from codistill.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +75,7 @@ class Corpus:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer the corpus was made with, from its own folder."""
-        from .tokenizers import load_tokenizer
+        from codistill.data.tokenizers import load_tokenizer
 
         tokenizer = load_tokenizer(self.folder / "tokenizer")
         self.require(tokenizer, str(self.folder / "tokenizer"))
@@ -83,7 +83,7 @@ class Corpus:
 
     def require(self, tokenizer: PreTrainedTokenizerFast, owner: str) -> None:
         """UserError naming both unless `tokenizer`, that of `owner`, has the corpus's token → id map."""
-        from .tokenizers import tokenizer_hash
+        from codistill.data.tokenizers import tokenizer_hash
 
         if tokenizer_hash(tokenizer) != self.tokenizer_hash:
             made = self.manifest["tokenizer"]["name"]

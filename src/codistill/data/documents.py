@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from ..errors import UserError
-from .builtin import builtin_documents
-from .sources import Source
+from codistill.data.builtin import builtin_documents
+from codistill.data.sources import Source
+from codistill.errors import UserError
 
 PIECE = 1 << 17
 LONGEST_LINE = 64 << 20

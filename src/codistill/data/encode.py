@@ -19,8 +19,8 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from ..errors import MachineError
-from .units import Fragment
+from codistill.data.units import Fragment
+from codistill.errors import MachineError
 
 BLOCK_CHARACTERS = 1 << 19
 
@@ -98,7 +98,7 @@ def _with_idle_worker(idle: SimpleQueue, block: list[Fragment]) -> Block:
 
 
 def _encoder(serialised: str, separator: int) -> Callable[[list[Fragment]], Block]:
-    from .tokenizers import encoder_from
+    from codistill.data.tokenizers import encoder_from
 
     encoder = encoder_from(serialised)
     return lambda block: encode_block(encoder, separator, block)

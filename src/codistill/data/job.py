@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
-from .corpus import FORMAT
-from .documents import Piece, Reading, read_source
-from .encode import Block, blocks_of
-from .sources import Source, find_sources, fingerprint
-from .units import UNITS, Fragment, Selection, documents, fragments
+from codistill.data.corpus import FORMAT
+from codistill.data.documents import Piece, Reading, read_source
+from codistill.data.encode import Block, blocks_of
+from codistill.data.sources import Source, find_sources, fingerprint
+from codistill.data.units import UNITS, Fragment, Selection, documents, fragments
+from codistill.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,7 +90,7 @@ class Job:
     @classmethod
     def of(cls, names: Sequence[str], tokenizer, settings: Settings, memory: Path | None = None) -> Job:
         """Finds and hashes the sources and loads the tokenizer; `memory` as in `fingerprint`."""
-        from .tokenizers import load_tokenizer, parse_training_spec
+        from codistill.data.tokenizers import load_tokenizer, parse_training_spec
 
         sources = find_sources(names)
         if isinstance(tokenizer, str) and tokenizer.startswith("train:"):
@@ -116,7 +116,7 @@ class Job:
 
     def trained_tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer of a train:… spec, from the first 134 million characters that are not held out."""
-        from .tokenizers import parse_training_spec, train_tokenizer
+        from codistill.data.tokenizers import parse_training_spec, train_tokenizer
 
         kind, size = parse_training_spec(str(self.tokenizer))
         return train_tokenizer(kind, size, self._training_texts())
@@ -177,7 +177,7 @@ def name_of(tokenizer: str | PreTrainedTokenizerFast) -> str:
 
 def _behaviour(tokenizer: str | PreTrainedTokenizerFast) -> str:
     """What decides the ids that a tokenizer gives: its rules and its vocabulary, or how it is to be trained."""
-    from .tokenizers import encoder_of, separator_of
+    from codistill.data.tokenizers import encoder_of, separator_of
 
     if isinstance(tokenizer, str):
         return tokenizer

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import UserError
-from .corpus import Corpus
-from .tokenizers import Vocabulary
+from codistill.data.corpus import Corpus
+from codistill.data.tokenizers import Vocabulary
+from codistill.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from queue import Full, Queue
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from .batches import Batches
+from codistill.data.batches import Batches
 
 if TYPE_CHECKING:
-    from ..objectives import Batch
+    from codistill.objectives import Batch
 
 _PATIENCE = 0.05
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import UserError
-from .corpus import FORMAT, Corpus, count_ids, remember_verified
-from .encode import encode_all
-from .job import Job, Progress, Settings, Stream, name_of
-from .shards import Shard, finished_shards, shard_files, write_atomically, write_shards, writing
-from .workplace import is_complete, workplace
+from codistill.data.corpus import FORMAT, Corpus, count_ids, remember_verified
+from codistill.data.encode import encode_all
+from codistill.data.job import Job, Progress, Settings, Stream, name_of
+from codistill.data.shards import Shard, finished_shards, shard_files, write_atomically, write_shards, writing
+from codistill.data.workplace import is_complete, workplace
+from codistill.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -88,7 +88,7 @@ def cache_folder() -> Path:
 
 
 def _already_prepared(sources: Sequence[str], tokenizer: str | PreTrainedTokenizerFast) -> Corpus | None:
-    from .tokenizers import load_tokenizer
+    from codistill.data.tokenizers import load_tokenizer
 
     if isinstance(sources, str) or len(sources) != 1 or not (Path(sources[0]) / "manifest.json").is_file():
         return None
@@ -131,7 +131,7 @@ def _fill(job: Job, identity: str, work: Path, processes: int, progress: Callabl
 
 def _write(stream: Stream, tokenizer, folder: Path, records: Path, processes: int) -> list[Shard]:
     """All shards of one part, those of an earlier attempt first."""
-    from .tokenizers import encoder_of, separator_of, vocabulary_size
+    from codistill.data.tokenizers import encoder_of, separator_of, vocabulary_size
 
     shards = finished_shards(folder, records)
     blocks = stream.blocks(skip=sum(shard.blocks for shard in shards))
@@ -150,7 +150,7 @@ def _write(stream: Stream, tokenizer, folder: Path, records: Path, processes: in
 
 def _finish(stream: Stream, identity: str, tokenizer, folder: Path, shards: list[Shard]) -> None:
     """Tokenizer, unigram counts and, last of all, the manifest."""
-    from .tokenizers import separator_of, tokenizer_hash, vocabulary_size
+    from codistill.data.tokenizers import separator_of, tokenizer_hash, vocabulary_size
 
     job, size = stream.job, vocabulary_size(tokenizer)
     with writing(folder / "tokenizer"):
@@ -198,7 +198,7 @@ def _no_text(job: Job, part: str) -> str:
 
 def _tokenizer_of(job: Job, work: Path) -> PreTrainedTokenizerFast:
     """The job's tokenizer; one that is to be trained is trained once, and kept for a second attempt."""
-    from .tokenizers import load_tokenizer
+    from codistill.data.tokenizers import load_tokenizer
 
     if not isinstance(job.tokenizer, str):
         return job.tokenizer

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import MachineError, UserError
-from .encode import Block
-from .sources import hash_file
+from codistill.data.encode import Block
+from codistill.data.sources import hash_file
+from codistill.errors import MachineError, UserError
 
 SHARD_TOKENS = 1 << 25
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UserError
-from .builtin import builtin_fingerprint
+from codistill.data.builtin import builtin_fingerprint
+from codistill.errors import UserError
 
 FORMATS = {
     ".txt": "text",

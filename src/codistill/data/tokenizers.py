@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import UserError
+from codistill.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

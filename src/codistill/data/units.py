@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .builtin import share_of
-from .documents import Piece, Reading
+from codistill.data.builtin import share_of
+from codistill.data.documents import Piece, Reading
 
 UNITS = ("document", "paragraph", "sentence")
 _BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")

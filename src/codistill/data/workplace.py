@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import UserError
-from .corpus import read_manifest
-from .shards import write_atomically, writing
+from codistill.data.corpus import read_manifest
+from codistill.data.shards import write_atomically, writing
+from codistill.errors import UserError
 
 
 def is_complete(out: Path, identity: str) -> bool:

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from .data.batches import Batches
-from .data.corpus import Corpus
-from .data.documents import Reading, read_source
-from .data.prefetch import prefetched
-from .data.prepare import prepare
-from .data.sources import find_sources
-from .data.tokenizers import load_tokenizer
-from .objectives import MaskedLM
+from codistill.data.batches import Batches
+from codistill.data.corpus import Corpus
+from codistill.data.documents import Reading, read_source
+from codistill.data.prefetch import prefetched
+from codistill.data.prepare import prepare
+from codistill.data.sources import find_sources
+from codistill.data.tokenizers import load_tokenizer
+from codistill.objectives import MaskedLM
 
 _SEQUENCES = 256
 _BARE_BATCH = 1000
