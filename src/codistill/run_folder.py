@@ -25,7 +25,8 @@ DETERMINING = ("data", "tokenizer", "members", "versions")
 
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
     """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    # A hidden file alone is what a process left that was killed while it made the folder.
+    if not out.exists() or (out.is_dir() and all(place.name.startswith(".") for place in out.iterdir())):
         if resume:
             raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
         return
@@ -64,12 +65,13 @@ def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
     try:
         if fresh and out.exists():
             shutil.rmtree(out)
-        (out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         file, text = out / "run.yaml", to_yaml(run)
-        if resume and file.read_text(encoding="utf-8") != text:
-            number = len(list(out.glob("run.before-*.yaml")))
-            file.rename(out / f"run.before-{number}.yaml")
+        if resume and (before := file.read_text(encoding="utf-8")) != text:
+            write_file(out / f"run.before-{len(list(out.glob('run.before-*.yaml')))}.yaml", before)
+        # First of all, so that whatever is killed from here on leaves a folder that can be resumed.
         write_file(file, text)
+        (out / "checkpoints").mkdir(exist_ok=True)
     except OSError as error:
         raise machine_error(error, out) from error
 
