@@ -189,6 +189,8 @@ def words_and_numbers() -> dict:
     with pytest.raises((UserError, Elsewhere)) as failure:
         ranks.check_same(f"text {ranks.rank}", "data")
     errors.append(f"{type(failure.value).__name__} {failure.value}")
+    with pytest.raises((UserError, Elsewhere)):
+        ranks.check_same("x" * 5000 + str(ranks.rank), "data")
     return {"said": said, "number": number, "table": table, "together": together, "errors": errors}
 
 

@@ -152,12 +152,15 @@ def test_what_the_ranks_cannot_do_is_refused_and_said_once(text, tmp_path):
 
 def torchrun(folder: Path, arguments: list[str], *options: str) -> subprocess.Popen:
     """`codistill ARGUMENTS` on two ranks; its output goes to a file, so that nobody holds a pipe open."""
-    script = folder / "codistill.py"
+    script = folder / "command.py"
     script.write_text("from codistill.cli import main\nmain()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *options]
-    path = os.pathsep.join(p for p in sys.path if p != str(folder))
     # Without the last one, processes that torchrun starts anew wait for ever for those it has ended (torch 2.13, gloo).
-    settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    settings = {
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
             [*command, str(script), *arguments],

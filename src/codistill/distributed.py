@@ -13,6 +13,7 @@ Nothing here knows what a member is.
 """
 
 import atexit
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -180,13 +181,18 @@ class Ranks:
         return value
 
     def check_same(self, words: str, what: str) -> None:
-        """Raises UserError on every rank unless all give the same words."""
-        said = self._tell(words) if self.world > 1 else [words]
+        """Unless all ranks give the same words, raises UserError on rank 0 and `Elsewhere` on the others."""
+        if self.world == 1:
+            return
+        digest = hashlib.blake2b(words.encode(), digest_size=16).hexdigest()  # for words too long to be told
+        said = self._tell(f"{digest}{words}")
         odd = next((rank for rank, other in enumerate(said) if other != said[0]), None)
-        if odd is not None and self.is_main:
-            raise UserError(f"{what}: rank {odd} has {said[odd]}, rank 0 has {said[0]}; give every node the same")
-        if odd is not None:
+        if odd is None:
+            return
+        if not self.is_main:
             raise Elsewhere(2)
+        one, other = (said[rank][len(digest) :] for rank in (odd, 0))
+        raise UserError(f"{what}: rank {odd} has {one}, rank 0 has {other}; give every node the same")
 
     # ---- parts ----------------------------------------------------------------------------------
 

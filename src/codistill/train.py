@@ -51,10 +51,11 @@ def train(
     saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way. Seeds PyTorch's
     global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
     """
-    if distributed.restarted() and (out / "run.yaml").is_file():
+    goes_on = distributed.restarted() and (out / "run.yaml").is_file()
+    if goes_on:
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
     ranks = distributed.start(run.distributed, device)
-    if distributed.restarted() and ranks.is_main:
+    if goes_on and ranks.is_main:
         print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
     run = replace(run, precision=resolved_precision(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
@@ -82,8 +83,8 @@ def _newest(out: Path, ranks: Ranks) -> Path | None:
 
 def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks) -> Run:
     """`run` with all that determined its numbers, which must be the same on all ranks."""
-    same = {key: built.provenance[key] for key in DETERMINING}
-    ranks.check_same(json.dumps(same | {"precision": run.precision}), "text, tokenizer, members, versions or precision")
+    for name, fact in {**{key: built.provenance[key] for key in DETERMINING}, "precision": run.precision}.items():
+        ranks.check_same(json.dumps(fact), name)
     return replace(run, provenance=built.provenance | {"distribution": parts})
 
 
