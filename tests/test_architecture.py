@@ -32,7 +32,11 @@ def room_of(file: Path) -> str:
 
 
 def imported_rooms(file: Path) -> set[str]:
+    """The rooms that a file needs when it runs: names of types alone do not count."""
     tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("codistill"):
