@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from codistill.errors import UserError
 from codistill.loading import load, override, to_dict
 from codistill.recipes import find
+from codistill.train import train
 
 SMALL = [
     "steps=20",
@@ -53,3 +56,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         for lines in ((folder / "metrics.jsonl").read_text().splitlines() for folder in (one, other))
     ]
     assert losses[0] == losses[1]
+
+
+def refused(message: str, run, out: Path, **kwargs) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        train(run, out, **kwargs)
+    assert "\n" not in str(refusal.value)

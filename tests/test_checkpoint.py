@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForMaskedLM
 
 from codistill import checkpoint
@@ -49,7 +48,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [place.name for place in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "empty"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "step", "empty"])
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage, capsys):
     built = trained(cohort())
     good, bad = save(tmp_path, 1, built, keep=2), save(tmp_path, 2, built, keep=2)
@@ -65,6 +64,10 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage, 
         file.unlink()
     elif damage == "manifest":
         (bad / "manifest.json").write_text("{")
+    elif damage == "step":  # one flipped bit: 2 -> 3
+        text = (bad / "manifest.json").read_text()
+        assert '"step": 2' in text
+        (bad / "manifest.json").write_text(text.replace('"step": 2', '"step": 3'))
     else:
         for inside in [*bad.rglob("*.*")]:
             inside.unlink()
@@ -132,8 +135,10 @@ def test_a_malicious_file_executes_nothing(tmp_path):
         # Even where whoever wrote the file gave it the right checksum.
         entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         changed = {**manifest, "files": {**manifest["files"], name: entry}}
-        (place / "manifest.json").write_text(json.dumps(changed))
-        with pytest.raises(SafetensorError) if name.endswith(".safetensors") else nullcontext():
+        changed.pop("sha256")
+        digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()
+        (place / "manifest.json").write_text(json.dumps({**changed, "sha256": digest}))
+        with pytest.raises(UserError, match="is no tensor file") if name.endswith(".safetensors") else nullcontext():
             load(place, trained(cohort()))
         (place / name).write_bytes(good)
         (place / "manifest.json").write_text(json.dumps(manifest))

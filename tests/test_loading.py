@@ -35,6 +35,13 @@ def test_a_twin_follows_its_original():
     assert run.members["small"].lr != 1e-4
 
 
+def test_a_twin_may_leave_out_what_its_original_has():
+    members = {"a": {"model": {}, "init": {"from": "somewhere"}}, "b": {"twin_of": "a", "init": None}}
+    run = load({"members": members})
+    assert run.members["b"].init is None
+    assert load(parse_yaml(to_yaml(run), "test")) == run
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("5E+2", 500.0), ("3", 3), (".5", 0.5), ("-1.5e-3", -1.5e-3), ("true", True), ("on", "on")],
@@ -90,6 +97,14 @@ def test_any_float_survives_yaml(value):
             {"distillation": [{"teacher": "large", "student": "small", "divergence": "kl"}]},
             r"^distillation\.0\.divergence: 'kl' .*forward_kl",
         ),
+        ({"members": {**MEMBERS, 1: {"model": {}}}}, r"^members: 1 cannot name a member"),
+        ({"members": {"a": {"twin_of": ["b"]}}}, r"^members\.a\.twin_of: there is no member \['b'\]"),
+        (
+            {"members": {**MEMBERS, "b": {"twin_of": "large"}, "c": {"twin_of": "b"}}},
+            r"^members\.c\.twin_of: 'b' is a twin itself",
+        ),
+        ({"distillation": [{"teacher": "large", "student": "small"}] * 2}, r"'large' teaches 'small' already"),
+        ({"members": {"a": {"model": {}, "lr": 10**400}}}, r"^members\.a\.lr: 1000.* is no schedule"),
         ({"batch": {"sequences": 10, "accumulate": 3}}, r"^batch\.accumulate: 3 does not divide the 10 sequences"),
     ],
 )
@@ -113,6 +128,10 @@ def test_an_edge_to_a_frozen_student_is_refused():
         ("steps.more=1", "single value"),
         ("data.train=[", "is not YAML"),
         ("members={a: 1, a: 2}", "the key 'a' stands twice"),
+        ("distillation.0.weight={{linear: [4, 1]}}", "is neither a name nor a number.*mind the braces"),
+        ("steps=2020-99-99", "is not YAML"),
+        ("steps=!!int abc", "is not YAML"),
+        ("steps=!!timestamp abc", "is not YAML"),
     ],
 )
 def test_wrong_overrides_are_refused(assignment, message):

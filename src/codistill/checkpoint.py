@@ -8,6 +8,7 @@
 A folder is written beside its place, flushed, and renamed; nothing in it is ever unpickled.
 """
 
+import hashlib
 import json
 import shutil
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -148,7 +150,7 @@ def newest(folder: Path) -> Path | None:
         aside = place.with_name(place.name + ".damaged")
         shutil.rmtree(aside, ignore_errors=True)
         place.rename(aside)
-        print(f"checkpoint {place.name}: {damage}; kept as {aside.name}, going back to the one before", file=sys.stderr)
+        print(f"checkpoint {place.name}: {damage}; kept as {aside.name}, looking for an older one", file=sys.stderr)
     return None
 
 
@@ -157,6 +159,8 @@ def verify(place: Path) -> str | None:
     manifest = _read_manifest(place)
     if manifest is None:
         return "manifest.json is missing or damaged"
+    if manifest["step"] != step_of(place):
+        return f"it is of step {manifest['step']}"
     for name, entry in manifest["files"].items():
         file = place / name
         if not file.is_file():
@@ -168,13 +172,17 @@ def verify(place: Path) -> str | None:
 
 def load(place: Path, members: Mapping[str, Trained]) -> int:
     """Restores `members` in place from a verified checkpoint, bit for bit; returns the step to do next."""
-    manifest = json.loads((place / "manifest.json").read_text())
+    manifest = _read_manifest(place)
+    assert manifest is not None, "load takes a checkpoint that verifies"
     held = sorted({name.split("/")[0] for name in manifest["files"]})
     if held != sorted(members):
         raise UserError(f"{place}: the checkpoint holds {', '.join(held)}, but the run trains {', '.join(members)}")
     for name, member in members.items():
-        _restore_parameters(place / name, member.model)
-        _restore_moments(member, load_file(place / name / "optimizer.safetensors"))
+        try:
+            _restore_parameters(place / name, member.model)
+            _restore_moments(member, load_file(place / name / "optimizer.safetensors"))
+        except SafetensorError as error:
+            raise UserError(f"{place / name} holds what is no tensor file ({error}); remove the checkpoint") from None
     return manifest["step"]
 
 
@@ -200,18 +208,22 @@ def _dropped(folder: Path, retention: Retention) -> list[Path]:
 def _write_manifest(fresh: Path, step: int, score: float | None) -> None:
     files = sorted(file for file in fresh.rglob("*") if file.is_file())
     entries = {str(file.relative_to(fresh)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    (fresh / "manifest.json").write_text(json.dumps({"step": step, "score": score, "files": entries}, indent=1))
+    content = {"step": step, "score": score, "files": entries}
+    (fresh / "manifest.json").write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1))
 
 
 def _read_manifest(place: Path) -> dict[str, Any] | None:
+    """The manifest without its own checksum, or None where it is missing or not as it was written."""
     try:
         manifest = json.loads((place / "manifest.json").read_text())
-        well_formed = isinstance(manifest["step"], int) and all(
-            isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str) for entry in manifest["files"].values()
-        )
+        is_whole = manifest.pop("sha256") == _digest(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return manifest if well_formed and manifest["files"] else None
+    return manifest if is_whole else None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---- tensors -----------------------------------------------------------------------------------

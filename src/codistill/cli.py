@@ -5,6 +5,7 @@ Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 
 """
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -259,7 +260,11 @@ def _train(run: Run, folder: Path, **options: Any) -> None:
             train_run(run, folder, advance=advance, **options)
     except Stopped:
         if _speaks("RANK"):
-            _out.print(f"stopped and saved; to go on: codistill train {folder / 'run.yaml'} --resume", markup=False)
+            again = ["codistill", "train", str(folder / "run.yaml"), "--resume"]
+        again += ["--device", options["device"]] if options["device"] else []
+        world = os.environ.get("LOCAL_WORLD_SIZE")
+        launcher = f"torchrun --nproc-per-node={world} --no-python " if world else ""
+        _out.print(f"stopped and saved; to go on: {launcher}{shlex.join(again)}", markup=False)
         sys.exit(STOPPED)
     if not _speaks("RANK"):
         return

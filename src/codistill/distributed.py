@@ -16,6 +16,7 @@ import atexit
 import hashlib
 import math
 import os
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -236,6 +237,12 @@ def restarted() -> bool:
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
+def job() -> str:
+    """What tells the job of this process from others: the agent that started it, or itself where there is none."""
+    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    return f"{socket.gethostname()} {agent} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+
+
 def whole(tensor: Tensor) -> Tensor:
     """`tensor` with the shards of all ranks, which must all ask for it in the same order."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -267,7 +274,14 @@ def _engine(asked: str) -> Engine:
 
 
 def _device(asked: str | None, engine: Engine) -> torch.device:
-    device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"--device {asked}: there is no such device; give cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {asked}: {device.type} is not supported; give cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {asked}: PyTorch sees {torch.cuda.device_count()} GPUs here; give another, or cpu")
     if engine == "single" or device.type != "cuda":
         return device
     count = torch.cuda.device_count()

@@ -27,14 +27,22 @@ def atomic_folder(place: Path) -> Iterator[Path]:
         yield fresh
         for inside in [*fresh.rglob("*"), fresh]:
             _flush(inside)
-        if place.exists():
-            shutil.rmtree(place)
+        remove_folder(place)
         fresh.rename(place)
         _flush(place.parent)
     except (OSError, SafetensorError) as error:
         raise machine_error(error, place) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def remove_folder(place: Path) -> None:
+    """Removes `place`, if it is there: at once under its name, whatever happens to the process meanwhile."""
+    aside = place.with_name(f".{place.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    if place.exists():
+        place.rename(aside)
+        shutil.rmtree(aside)
 
 
 def write_file(file: Path, text: str) -> None:

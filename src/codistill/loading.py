@@ -30,8 +30,10 @@ class _Loader(yaml.SafeLoader):
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for key in keys:
+        if not isinstance(key, str | int | float):
+            raise UserError(f"the key {key!r} is neither a name nor a number; mind the braces")
         if keys.count(key) > 1:
-            raise UserError(f"the key {key!r} stands twice in one mapping{node.start_mark}; keep one of them")
+            raise UserError(f"the key {key!r} stands twice (line {node.start_mark.line + 1}); keep one")
     return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
 
 
@@ -45,7 +47,7 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value that `text` spells; raises UserError naming `source` where it is no YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # PyYAML lets the latter through
         raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
 
 
@@ -65,10 +67,15 @@ def to_dict(run: Run) -> dict:
     tree = _without_none(dataclasses.asdict(run))
     members = tree["members"]
     tree["members"] = {
-        name: {k: v for k, v in member.items() if members.get(member.get("twin_of"), {}).get(k) != v}
-        for name, member in members.items()
+        name: _beyond(members.get(member.get("twin_of"), {}), member) for name, member in members.items()
     }
     return tree
+
+
+def _beyond(original: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `member` its original has not, nulls for what only the original has included."""
+    own = {key: value for key, value in member.items() if original.get(key) != value}
+    return own | {key: None for key in original if key not in member}
 
 
 def to_yaml(run: Run) -> str:
@@ -176,8 +183,10 @@ def _with_twins(members: Any) -> Any:
         original = member.get("twin_of") if isinstance(member, Mapping) else None
         if original is None:
             continue
-        if original == name or not isinstance(members.get(original), Mapping):
+        if not isinstance(original, str) or original == name or not isinstance(members.get(original), Mapping):
             raise UserError(f"members.{name}.twin_of: there is no member {original!r}; there are {', '.join(members)}")
+        if members[original].get("twin_of") is not None:
+            raise UserError(f"members.{name}.twin_of: {original!r} is a twin itself; name the member that both repeat")
         filled[name] = {**members[original], **member}
     return filled
 
@@ -189,6 +198,10 @@ def _check_whole(run: Run) -> None:
         raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
     for index, edge in enumerate(run.distillation):
         _check_edge(run, edge, f"distillation.{index}")
+    pairs = [(edge.teacher, edge.student) for edge in run.distillation]
+    for index, pair in enumerate(pairs):
+        if pair in pairs[:index]:
+            raise UserError(f"distillation.{index}: {pair[0]!r} teaches {pair[1]!r} already; keep one edge of a pair")
     if run.batch.sequences % run.batch.accumulate:
         raise UserError(
             f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
@@ -201,7 +214,7 @@ def _check_whole(run: Run) -> None:
 
 
 def _check_member(name: str, member: Any) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", str(name)):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(f"members: {name!r} cannot name a member; use letters, digits, - and _ (it becomes a folder)")
     if (member.model is None) == (member.path is None):
         raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")

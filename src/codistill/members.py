@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from codistill.config import ModelConfig
+from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
 from codistill.seeds import seed_of
 
@@ -118,13 +119,11 @@ def load_model(path: str, field: str) -> PreTrainedModel:
 
 
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
-    """The tokenizer stored beside a model, or None where there is none."""
-    if _is_local(path) and not (Path(path) / "tokenizer_config.json").is_file():
+    """The tokenizer stored beside a model, or None where there is none; raises UserError for one that is unreadable."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    if _is_local(path) and not any((Path(path) / file).is_file() for file in files):
         return None
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    except (OSError, ValueError):
-        return None
+    return load_tokenizer(path)
 
 
 def _load_weights(path: str, field: str) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """`metrics.jsonl`: one object a logged step, and what to say of it beside the progress bar."""
 
 import json
+import math
 import statistics
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from codistill.files import write_file
 from codistill.scores import Score
 
 # A loss is a spike when it lies this many robust standard deviations above the median of the lines before it.
@@ -24,10 +26,12 @@ class MetricsLog:
         self.file, self.first, self.tokens_per_step = file, first, tokens_per_step
         kept = [line for line in read_metrics(file) if line["step"] <= first]
         self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-        file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.skipped_before = max((line.get("skipped", 0) for line in kept), default=0)
+        if not file.exists() or file.is_file():  # and not the null device of a rank that writes nothing
+            write_file(file, "".join(json.dumps(line) + "\n" for line in kept))
         self.started = time.monotonic()
         self.recent: dict[str, deque[float]] = {}
-        for line in kept[-_LINES_BEFORE:]:
+        for line in kept:
             self._remember(line)
 
     @property
@@ -37,6 +41,7 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, torch.Tensor], skipped: int = 0) -> str:
         """Logs device scalars, waiting for them once; returns a note for the progress bar."""
+        skipped += self.skipped_before
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         named: dict[str, Any] = dict(zip(metrics, values, strict=True))
         spikes = self.spikes(named)
@@ -66,6 +71,8 @@ class MetricsLog:
 
     def _remember(self, named: Mapping[str, Any]) -> None:
         for key, value in _hard(named).items():
+            if not math.isfinite(value):
+                continue
             self.recent.setdefault(key, deque(maxlen=_LINES_BEFORE)).append(value)
 
     def _append(self, line: Mapping[str, Any]) -> None:

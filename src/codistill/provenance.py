@@ -44,5 +44,7 @@ def pre_trained(run: Run) -> dict[str, str]:
 
 
 def _weights_hash(path: str) -> str:
-    files = sorted(Path(path).glob("*.safetensors")) if Path(path).is_dir() else []
-    return " ".join(sha256(file)[:16] for file in files) or "from the hub"
+    if not Path(path).is_dir():
+        return "from the hub"
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind))
+    return " ".join(sha256(file)[:16] for file in files)

@@ -1,12 +1,13 @@
 """Tables and figures of run folders."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Table
+
+from codistill.files import machine_error
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito 2008); a twin is its original, dashed.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -66,7 +67,10 @@ def draw_curves(folder: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     place = folder / "curves.png"
-    figure.savefig(place, dpi=150)
+    try:
+        figure.savefig(place, dpi=150)
+    except OSError as error:
+        raise machine_error(error, place) from error
     pyplot.close(figure)
     return place
 
@@ -77,7 +81,7 @@ def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[st
         "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody",
         f"{member['parameters'] / 1e6:.2f} M",
         f"{member['loss']:.3f}",
-        f"{math.exp(member['loss']):.1f}",
+        f"{member['perplexity']:.1f}",
         f"{member['accuracy']:.1%}",
     ]
     difference = f"{member['loss'] - twin['loss']:+.3f}" if twin else ""

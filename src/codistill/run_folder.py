@@ -1,7 +1,6 @@
 """A run's folder: whether a run may use it, what has changed since it was made, and what is written when it ends."""
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,22 +10,23 @@ from typing import Any
 from torch import Tensor
 
 from codistill.build import Built
-from codistill.checkpoint import distinct, gathered, step_of
+from codistill.checkpoint import distinct, gathered
 from codistill.config import Run
-from codistill.distributed import Ranks
+from codistill.distributed import Ranks, job
 from codistill.errors import UserError
-from codistill.files import atomic_folder, machine_error, write_file
+from codistill.files import atomic_folder, machine_error, remove_folder, write_file
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.scores import Score
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
 DETERMINING = ("data", "tokenizer", "members", "versions")
+_JOB = ".job"
 
 
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
     """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
-    # A hidden file alone is what a process left that was killed while it made the folder.
-    if not out.exists() or (out.is_dir() and all(place.name.startswith(".") for place in out.iterdir())):
+    # The partial file alone is what a process left that was killed while it made the folder.
+    if not out.exists() or (out.is_dir() and {place.name for place in out.iterdir()} <= {".run.yaml.partial"}):
         if resume:
             raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
         return
@@ -63,8 +63,8 @@ def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resu
 def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
     """Makes the folder of a new run; in a resumed one whose configuration changed, keeps the old one beside."""
     try:
-        if fresh and out.exists():
-            shutil.rmtree(out)
+        if fresh:
+            remove_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         file, text = out / "run.yaml", to_yaml(run)
         if resume and (before := file.read_text(encoding="utf-8")) != text:
@@ -72,17 +72,22 @@ def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
         # First of all, so that whatever is killed from here on leaves a folder that can be resumed.
         write_file(file, text)
         (out / "checkpoints").mkdir(exist_ok=True)
+        (out / _JOB).write_text(job())
     except OSError as error:
         raise machine_error(error, out) from error
 
 
-def distribution(out: Path | None, ranks: Ranks, saved: Path | None) -> list[dict[str, Any]]:
-    """From which step on a run was computed on how many ranks by which engine: in `out` so far, and from `saved` on.
+def is_of_this_job(out: Path) -> bool:
+    """Whether the run in `out` was begun or resumed by the very job that this process is part of."""
+    return (out / _JOB).is_file() and (out / "run.yaml").is_file() and (out / _JOB).read_text() == job()
+
+
+def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, Any]]:
+    """From which step on a run was computed on how many ranks by which engine: in `out` so far, and from `first` on.
 
     Where that changes, rank 0 says so: the samples and masks stay the same, but not the last bits and dropout noise.
     """
     past = [] if out is None else (load(read_run(out / "run.yaml")).provenance or {}).get("distribution", [])
-    first = 0 if saved is None else step_of(saved)
     now = {"engine": ranks.engine, "ranks": ranks.world}
     before = {key: past[-1][key] for key in now} if past else now
     if before != now and ranks.is_main:
@@ -139,9 +144,7 @@ def _result(run: Run, built: Built, name: str, score: Score) -> dict[str, Any]:
 
 
 def _changed_settings(old: Run, new: Run) -> list[str]:
-    was, now = (
-        _flat(to_dict(replace(run, provenance=None, precision="auto", distributed="auto"))) for run in (old, new)
-    )
+    was, now = (_flat(to_dict(replace(run, provenance=None, distributed="auto"))) for run in (old, new))
     return [
         f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())

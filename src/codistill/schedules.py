@@ -14,10 +14,13 @@ Needs nothing but the standard library: configurations are checked without impor
 """
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from codistill.errors import UserError
+
+_LARGEST = sys.float_info.max
 
 Schedule = Callable[[int], float]
 Spec = float | dict[str, Any]
@@ -71,7 +74,7 @@ def _warmup(peak: float, warmup: int, steps: int, shape: str) -> Schedule:
 
 
 def _is_value(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _is_ramp(values: Any) -> bool:

@@ -26,7 +26,7 @@ class Score(NamedTuple):
     @property
     def perplexity(self) -> float:
         """exp(loss): over masked rows for a masked LM, which is not comparable with a causal perplexity."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
 @torch.no_grad()

@@ -20,11 +20,20 @@ from codistill.checkpoint import Retention, Saver, Trained
 from codistill.config import Run
 from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
+from codistill.errors import UserError
 from codistill.files import machine_error
 from codistill.metrics import MetricsLog
 from codistill.objectives import Batch
 from codistill.progress import Advance, silent
-from codistill.run_folder import DETERMINING, check_folder, check_provenance, distribution, finish, open_folder
+from codistill.run_folder import (
+    DETERMINING,
+    check_folder,
+    check_provenance,
+    distribution,
+    finish,
+    is_of_this_job,
+    open_folder,
+)
 from codistill.scores import Score, held_out
 from codistill.watch import NonFiniteError
 
@@ -51,27 +60,46 @@ def train(
     saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way. Seeds PyTorch's
     global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
     """
-    goes_on = distributed.restarted() and (out / "run.yaml").is_file()
-    if goes_on:
-        resume, fresh = True, False  # whatever the command was: what this job has done so far is there
     ranks = distributed.start(run.distributed, device)
-    if goes_on and ranks.is_main:
-        print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
+    if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
+        resume, fresh = True, False  # whatever the command was: what this job has done so far is there
     run = replace(run, precision=resolved_precision(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
     torch.use_deterministic_algorithms(run.deterministic)
     built = build(run, ranks.device, ranks)
     accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
     ranks.together(accept)
-    saved = _newest(out, ranks) if resume else None
-    run = _recorded(run, built, distribution(out if resume else None, ranks, saved), ranks)
+    first = _restored(run, built, out) if resume else 0
+    run = _recorded(run, built, distribution(out if resume else None, ranks, first), ranks)
     ranks.on_main(partial(open_folder, run, out, resume=resume, fresh=fresh))
     with _signals() as asked_to_stop:
         try:
-            _run(run, built, out, saved, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
+            _run(run, built, out, first, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
         except OSError as error:
             raise machine_error(error, out) from error
     return out
+
+
+def _restored(run: Run, built: Built, out: Path) -> int:
+    """The step to go on with, after the state of the newest good checkpoint has been put in place."""
+    ranks = built.cohort.ranks
+    saved = _newest(out, ranks)
+    first = ranks.together(lambda: checkpoint.load(saved, _trained(built))) if saved else 0
+
+    def check() -> None:
+        if first > run.steps:
+            raise UserError(f"steps: {run.steps} came in, but {out} is at step {first}; --fresh starts it over")
+        if saved is None and list((out / "checkpoints").glob("*.damaged")):
+            raise UserError(f"{out}: none of its checkpoints verifies; --fresh starts the run over")
+
+    ranks.together(check)
+    if ranks.is_main:
+        print(f"{out}: going on from step {first}" + ("" if saved else ", as no checkpoint was made"), file=sys.stderr)
+    return first
+
+
+def _trained(built: Built) -> dict[str, Trained]:
+    return {m.name: Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained if m.optimizer}
 
 
 def _newest(out: Path, ranks: Ranks) -> Path | None:
@@ -88,12 +116,8 @@ def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks)
     return replace(run, provenance=built.provenance | {"distribution": parts})
 
 
-def _run(
-    run: Run, built: Built, out: Path, saved: Path | None, advance: Advance, asked_to_stop: Callable[[int], bool]
-) -> None:
-    ranks = built.cohort.ranks
-    trained = {m.name: Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained if m.optimizer}
-    first = ranks.together(lambda: checkpoint.load(saved, trained)) if saved else 0
+def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
+    ranks, trained = built.cohort.ranks, _trained(built)
     file = out / "metrics.jsonl" if ranks.is_main else Path(os.devnull)
     log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length))
     keep = run.checkpoint
@@ -164,14 +188,16 @@ def score_members(built: Built, run: Run) -> dict[str, Score]:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Inside, the first SIGTERM or SIGINT is remembered and a second one acts at once."""
+    """Inside, SIGTERM and SIGINT are remembered; after the first of either a SIGINT acts at once.
+
+    A second SIGTERM does not: schedulers and launchers send one to the process and one to its parent, who passes it on.
+    """
     received = False
 
     def remember(number: int, _: Any) -> None:
         nonlocal received
         received = True
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
     try:
         before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}

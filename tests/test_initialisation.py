@@ -1,0 +1,52 @@
+"""Members that start from another model: remapped, or by maps learned on the text."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from codistill.build import build
+from codistill.errors import UserError
+from codistill.loading import load, override, read_run, to_dict
+from codistill.train import train
+from runs import small_run
+
+CPU = torch.device("cpu")
+
+
+def test_a_member_grows_from_another_runs_member(text, teacher, tmp_path):
+    """The DWT paper's remapping: layers 1–2 from 1–2, layers 3 and 4 from the last; fresh optimizer moments."""
+    run = small_run(
+        "standalone", text, "data.tokenizer=null", "members.large.model.layers=4", "steps=2", "precision=float32"
+    )
+    run = load(override(to_dict(run), [f"members.large.init={{from: {teacher}, depth: repeat-last}}"]))
+    grown = build(run, CPU).models["large"].state_dict()
+    source = load_file(teacher / "model.safetensors")
+    for layer, origin in enumerate((0, 1, 1, 1)):
+        name = "model.layers.{}.mlp.Wi.weight"
+        torch.testing.assert_close(grown[name.format(layer)], source[name.format(origin)], rtol=0, atol=0)
+    out = train(run, tmp_path / "run")
+    assert load(read_run(out / "run.yaml")) == replace(run, provenance=load(read_run(out / "run.yaml")).provenance)
+    assert "large" in load(read_run(out / "run.yaml")).provenance["members"]
+
+
+def test_a_member_grows_by_maps_learned_on_the_text(text, teacher):
+    run = small_run("standalone", text, "data.tokenizer=null", "members.large.model.layers=3", "precision=float32")
+    start, learned = (
+        build(load(override(to_dict(run), [f"members.large.init={{from: {teacher}, {way}}}"])), CPU).models["large"]
+        for way in ("depth: stack", "learned: 3")
+    )
+    a, b = start.state_dict(), learned.state_dict()
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_initialisation_that_cannot_be_had_is_refused(text, teacher, tmp_path):
+    run = to_dict(small_run("standalone", text, "data.tokenizer=null"))
+    for init, message in (
+        (f"{{from: {teacher}, depth: stakc}}", "stakc"),
+        (f"{{from: {tmp_path / 'none'}}}", "none"),
+        (f"{{from: {teacher}, depth: 3}}", "init.depth: 3 came in where text is wanted"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build(load(override(run, [f"members.large.init={init}"])), CPU)

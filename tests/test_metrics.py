@@ -1,0 +1,58 @@
+"""The metrics file: what a resumed run finds in it, and spikes."""
+
+import json
+
+import torch
+
+from codistill.metrics import MetricsLog, read_metrics
+
+
+def hard(value: float) -> dict[str, torch.Tensor]:
+    return {"large/hard": torch.tensor(value), "large/grad_norm": torch.tensor(1.0)}
+
+
+def filled(file, losses) -> MetricsLog:
+    log = MetricsLog(file, 0, tokens_per_step=8)
+    for step, loss in enumerate(losses, start=1):
+        log.write(step, hard(loss))
+        log.write_held_out(step, {})
+    return log
+
+
+def test_a_loss_far_above_its_recent_course_is_a_spike(tmp_path):
+    log = filled(tmp_path / "metrics.jsonl", [3 - step / 100 for step in range(20)])
+    assert "spike: large" in log.write(21, hard(5.0))
+    assert "spike" not in log.write(22, hard(2.8))
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "large/hard" in line]
+    assert [line["step"] for line in lines if "spikes" in line] == [21]
+    assert lines[-2]["spikes"] == ["large"]
+
+
+def test_a_loss_that_is_not_finite_spoils_no_later_judgement(tmp_path):
+    log = filled(tmp_path / "metrics.jsonl", [3.0, 2.9] * 6)
+    log.write(13, hard(float("nan")))
+    assert "spike: large" in log.write(14, hard(9.0))
+
+
+def test_a_resumed_log_judges_like_the_straight_one(tmp_path):
+    losses = [3 - step / 100 for step in range(70)]
+    straight = filled(tmp_path / "straight.jsonl", losses)
+    filled(tmp_path / "resumed.jsonl", [*losses, 1.0, 1.0])
+    resumed = MetricsLog(tmp_path / "resumed.jsonl", 70, tokens_per_step=8)
+    assert resumed.recent == straight.recent
+    assert [line["step"] for line in read_metrics(tmp_path / "resumed.jsonl")][-1] == 70
+
+
+def test_the_count_of_skipped_steps_goes_on(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl", 0, tokens_per_step=8)
+    log.write(1, hard(1.0), skipped=3)
+    resumed = MetricsLog(tmp_path / "metrics.jsonl", 1, tokens_per_step=8)
+    resumed.write(2, hard(1.0), skipped=1)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped"] == 4
+
+
+def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(json.dumps({"step": 1, "large/hard": 1.0}) + "\n" + '{"step": 2, "lar')
+    MetricsLog(file, 5, tokens_per_step=8).write(6, hard(1.0))
+    assert [line["step"] for line in read_metrics(file)] == [1, 6]
