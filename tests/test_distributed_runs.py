@@ -65,7 +65,7 @@ def both_ranks(run: Run, out: Path, engine: str, stops: list[int | None], resume
     + [
         pytest.param(recipe, stop, marks=pytest.mark.slow)
         for recipe in ("standalone", "dwt", "ctcd", "community")
-        for stop in (7, 14, 15)  # in the middle of an epoch, at its end, just after
+        for stop in (7, 16, 17)  # an epoch is 129 rows, 16.1 steps: in its middle, at its end, just after
     ],
 )
 @pytest.mark.parametrize("engine", ENGINES)
