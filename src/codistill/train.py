@@ -63,6 +63,8 @@ def train(
     ranks = distributed.start(run.distributed, device)
     if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
+        if ranks.is_main:
+            print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
     run = replace(run, precision=resolved_precision(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
     torch.use_deterministic_algorithms(run.deterministic)
