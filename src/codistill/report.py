@@ -28,14 +28,14 @@ def results_table(folder: Path) -> Table:
         box=SIMPLE,
         title=f"Held-out masked-LM scores over {results['held_out']['rows']:,} masked tokens (a single run)",
         caption=f"loss in nats; unigram cross-entropy of the same tokens: {unigram:.3f}\n"
-        + ("vs. twin: its loss less that of the same model trained alone\n" if twins else "")
+        + ("vs. twin: its loss less that of its twin, which starts and draws alike\n" if twins else "")
         + f"{results['tokens']:,} training tokens in {results['seconds']:.0f} s",
     )
     table.add_column("member", no_wrap=True)
     table.add_column("taught by", no_wrap=True)
     columns = ["params", "loss", "perplexity", "accuracy", *(["vs. twin"] if twins else [])]
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in columns:  # where a terminal is narrow, names give way before numbers do
+        table.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
     for name, member in members.items():
         table.add_row(*_row(name, member, members.get(twins.get(name, "")), bool(twins)))
     return table
