@@ -22,22 +22,22 @@ def results_table(folder: Path) -> Table:
     """Held-out loss, perplexity and accuracy of each member of a finished run, beside its twin's if it has one."""
     results = read_results(folder)
     members = results["members"]
-    twins = {member["twin_of"]: name for name, member in members.items() if member["twin_of"]}
+    alone = _untaught_twins(members)
     unigram = results["held_out"]["unigram_loss"]
     table = Table(
         box=SIMPLE,
         title=f"Held-out masked-LM scores over {results['held_out']['rows']:,} masked tokens (a single run)",
         caption=f"loss in nats; unigram cross-entropy of the same tokens: {unigram:.3f}\n"
-        + ("vs. twin: its loss less that of its twin, which starts and draws alike\n" if twins else "")
+        + ("vs. alone: its loss less that of its twin, the same model trained alone\n" if alone else "")
         + f"{results['tokens']:,} training tokens in {results['seconds']:.0f} s",
     )
-    table.add_column("member", no_wrap=True)
-    table.add_column("taught by", no_wrap=True)
-    columns = ["params", "loss", "perplexity", "accuracy", *(["vs. twin"] if twins else [])]
+    table.add_column("member", overflow="fold")
+    table.add_column("taught by", overflow="fold")
+    columns = ["params", "loss", "perplexity", "accuracy", *(["vs. alone"] if alone else [])]
     for column in columns:  # where a terminal is narrow, names give way before numbers do
         table.add_column(column, justify="right", no_wrap=True, min_width=max(len(column), 6))
     for name, member in members.items():
-        table.add_row(*_row(name, member, members.get(twins.get(name, "")), bool(twins)))
+        table.add_row(*_row(name, member, members.get(alone.get(name, "")), bool(alone)))
     return table
 
 
@@ -73,6 +73,13 @@ def draw_curves(folder: Path) -> Path | None:
         raise machine_error(error, place) from error
     pyplot.close(figure)
     return place
+
+
+def _untaught_twins(members: dict[str, dict]) -> dict[str, str]:
+    """For each member that is taught, its twin that is not, if it has one."""
+    pairs = [(name, member["twin_of"]) for name, member in members.items() if member["twin_of"]]
+    both_ways = [*pairs, *((original, twin) for twin, original in pairs)]
+    return {one: two for one, two in both_ways if members[one]["taught_by"] and not members[two]["taught_by"]}
 
 
 def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[str]:
