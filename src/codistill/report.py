@@ -31,7 +31,7 @@ def results_table(folder: Path) -> Table:
         + ("vs. alone: its loss less that of its twin, the same model trained alone\n" if alone else "")
         + f"{results['tokens']:,} training tokens in {results['seconds']:.0f} s",
     )
-    table.add_column("member", overflow="fold")
+    table.add_column("member", overflow="fold", min_width=min(12, max(map(len, members))))
     table.add_column("taught by", overflow="fold")
     columns = ["params", "loss", "perplexity", "accuracy", *(["vs. alone"] if alone else [])]
     for column in columns:  # where a terminal is narrow, names give way before numbers do
