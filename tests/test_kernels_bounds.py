@@ -39,10 +39,10 @@ def test_peak_memory_does_not_depend_on_the_rows():
 
 
 def test_one_logits_buffer_a_member():
-    """Two members' peak is their gradients, one chunk of logits each, and less than a chunk of scratch."""
+    """Two members' peak is their gradients, one chunk of logits each, and scratch of 14 blocks of 8 MB."""
     case = make(rows=2048, vocabulary=20000, edges=BOTH_WAYS).to(torch.float32)
-    chunk = 256 * 20000 * 4
-    assert peak_bytes(lambda: case.loss(impl="chunked", chunk_rows=256).total.backward()) < 3 * chunk
+    chunk, scratch = 512 * 20000 * 4, 14 * 2**21 * 4
+    assert peak_bytes(lambda: case.loss(impl="chunked", chunk_rows=512).total.backward()) < 2 * chunk + scratch + 5e6
 
 
 def edge(**changes) -> list[Edge]:

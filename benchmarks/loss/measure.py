@@ -18,11 +18,11 @@ HERE = Path(__file__).parent
 OURS = ["bare products", "plain", "ours, chunked"]
 CPU = {
     "cpu-float32": {"providers": OURS, "runs": 7},
-    "cpu-float32-liger": {"providers": ["plain", "liger chunked, 4096", "liger chunked, eager"], "runs": 3},
+    "cpu-float32-memory": {"providers": ["plain", "ours, chunked"], "runs": 1},
+    "cpu-float32-liger": {"providers": ["plain", "ours, chunked", "liger chunked, eager"], "runs": 3, "rows": 512},
     "cpu-float32-other": {"providers": ["plain", "plain, compiled", "torch, hard only, 512"], "runs": 3},
     "cpu-float32-all-rows": {"providers": ["plain", "plain, all rows", "ours, chunked"], "runs": 3, "rows": 1024},
     "cpu-bfloat16": {"providers": OURS, "runs": 7, "dtype": "bfloat16"},
-    "cpu-bfloat16-peers": {"providers": ["plain", "liger chunked, eager"], "runs": 5, "dtype": "bfloat16"},
 }
 GPU = {
     "gpu-30522": {"rows": 19_660, "vocabulary": 30_522, "runs": 30},
