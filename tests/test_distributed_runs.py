@@ -26,17 +26,6 @@ from runs import assert_same_run, small_run, with_teachers
 ENGINES = ["ddp", "fsdp2"]
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _cache(tmp_path_factory):
-    os.environ["CODISTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def teacher(text, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("teacher") / "run"
-    return train(small_run("standalone", text, "steps=5"), out) / "members" / "large"
-
-
 def parts(run: Run, out: Path, engine: str, stops: list[int | None], resume: bool = False) -> dict[str, str]:
     """Trains on this rank, with a stop and a resumption for each of `stops`; what it said, and what went wrong."""
     said = io.StringIO()

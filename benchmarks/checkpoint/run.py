@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.optim import AdamW
 
+from codistill.bench.measure import machine
 from codistill.checkpoint import Retention, Saver, Trained
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.members import Predictor, new_model
@@ -79,7 +80,7 @@ def main() -> None:
     cost = statistics.median(calls) + max(statistics.median(extras), 0.0)
     results = {
         "command": f"python benchmarks/checkpoint/run.py --sequences {arguments.sequences} --rounds {arguments.rounds}",
-        "machine": {"threads": torch.get_num_threads(), "torch": torch.__version__},
+        "machine": machine("cpu"),
         "checkpoint_megabytes": round(size / 1e6),
         "seconds": {
             "step": round(step, 3),

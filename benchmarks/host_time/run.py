@@ -10,7 +10,6 @@ for values that are not finite, and metrics.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.optim import AdamW
 
+from codistill.bench.measure import machine
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import ModelConfig
 from codistill.kernels import Edge, linear_cohort_loss
@@ -105,7 +105,7 @@ def main() -> None:
     deciles = {n: [round(1e6 * q) for q in statistics.quantiles(s, n=10)] for n, s in seconds.items()}
     results = {
         "command": f"python benchmarks/host_time/run.py --rounds {arguments.rounds}",
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": 1, "torch": torch.__version__},
+        "machine": machine("cpu"),
         "microseconds": {name: {"p10": d[0], "median": d[4], "p90": d[8]} for name, d in deciles.items()},
         "ratio": {
             "p10": round(deciles["cohort"][0] / deciles["bare"][0], 3),
