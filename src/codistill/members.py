@@ -1,11 +1,10 @@
 """Models: built from a preset or loaded from a folder, and split where the vocabulary loss needs them split.
 
-What is specific to a family stands in `FAMILIES`, and nowhere else. Shape suffixes: B sequences, T position,
+What is specific to a family stands in `codistill.families`. Shape suffixes: B sequences, T position,
 D width, N predicted rows, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -14,11 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
-    BertConfig,
-    BertForMaskedLM,
-    ModernBertConfig,
-    ModernBertForMaskedLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -27,21 +21,11 @@ from transformers.utils import logging as transformers_logging
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
+from codistill.families import FAMILIES
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
 transformers_logging.disable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where an architecture keeps its backbone, the head's transform and the output embedding; how to configure it."""
-
-    model: type[PreTrainedModel]
-    backbone: str
-    transform: str
-    output: str
-    configure: Callable[[ModelConfig, int], PreTrainedConfig]
 
 
 class Predictor(nn.Module):
@@ -57,7 +41,8 @@ class Predictor(nn.Module):
         self.model, self.vocabulary = model, vocabulary
         # In lists, so that the parts are not registered twice, and looked up once, because a walk through module names
         # costs more than a tiny model's layer norm.
-        self._parts = [model.get_submodule(name) for name in (family.backbone, family.transform)]
+        transform = nn.Identity() if family.transform is None else model.get_submodule(family.transform)
+        self._parts = [model.get_submodule(family.backbone), transform]
         self._output = [cast(nn.Linear, model.get_submodule(family.output))]
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
@@ -146,41 +131,3 @@ def _is_local(path: str) -> bool:
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-# ---- families ----------------------------------------------------------------------------------
-
-
-def _heads(config: ModelConfig) -> int:
-    return config.heads or max(config.width // 64, 1)
-
-
-def _bert(config: ModelConfig, positions: int) -> BertConfig:
-    return BertConfig(
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=_heads(config),
-        intermediate_size=config.feed_forward or 4 * config.width,
-        hidden_dropout_prob=config.dropout,
-        attention_probs_dropout_prob=config.dropout,
-        max_position_embeddings=positions,
-    )
-
-
-def _modernbert(config: ModelConfig, positions: int) -> ModernBertConfig:
-    return ModernBertConfig(
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=_heads(config),
-        intermediate_size=config.feed_forward or 3 * config.width // 2,
-        attention_dropout=config.dropout,
-        mlp_dropout=config.dropout,
-        embedding_dropout=config.dropout,
-        max_position_embeddings=positions,
-    )
-
-
-FAMILIES: Mapping[str, Family] = {
-    "bert": Family(BertForMaskedLM, "bert", "cls.predictions.transform", "cls.predictions.decoder", _bert),
-    "modernbert": Family(ModernBertForMaskedLM, "model", "head", "decoder", _modernbert),
-}

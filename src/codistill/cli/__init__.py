@@ -1,0 +1,41 @@
+"""The command line: every command parses, calls the library, and prints. torch is imported only where it is used.
+
+Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 75 stopped by a signal, resumable;
+130 interrupted.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError
+from rich.console import Console
+from rich.markup import escape
+
+from codistill.cli import bench, make, run  # noqa: F401  each registers its commands
+from codistill.cli.console import app, speaks
+from codistill.errors import Elsewhere, MachineError, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `codistill` command; exits with the status given in this module's docstring."""
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
+    except (CycloptsError, UserError) as error:
+        _fail(str(error), 2)
+    except MachineError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Elsewhere as error:  # of several processes that torchrun started, another says why
+        sys.exit(error.args[0])
+
+
+def _fail(message: str, status: int) -> None:
+    if not speaks("LOCAL_RANK"):
+        sys.exit(status)
+    line = " ".join(message.split())
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]codistill:[/] {escape(line)}")
+    sys.exit(status)
+
+
+__all__ = ["app", "main"]

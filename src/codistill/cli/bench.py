@@ -1,0 +1,66 @@
+"""bench loss, bench data: measurements side by side."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from codistill.cli.console import bench, console
+
+Rows = Annotated[int, Parameter(help="Predicted rows.")]
+
+
+@bench.command(name="loss")
+def bench_loss(
+    *,
+    device: Annotated[str, Parameter(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[Literal["float32", "bfloat16"], Parameter(help="Of the matrix products.")] = "float32",
+    rows: Rows = 2048,
+    vocabulary: Annotated[int, Parameter(help="Tokens.")] = 30522,
+    width: Annotated[int, Parameter(help="Of both members.")] = 768,
+    runs: Annotated[int, Parameter(help="Timed runs of each, taken in turns.")] = 7,
+    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this one; may be repeated.")] = None,
+    out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
+) -> None:
+    """The vocabulary loss: speed, peak memory and gradient error against float64.
+
+    Example: codistill bench loss --rows 2048 --vocabulary 30522 --out loss.json
+    """
+    from codistill.bench import bench_loss as measure
+
+    measure(
+        device=device,
+        dtype=dtype,
+        rows=rows,
+        vocabulary=vocabulary,
+        width=width,
+        runs=runs,
+        providers=provider,
+        out=out,
+    )
+
+
+@bench.command(name="data")
+def bench_data(
+    sources: Annotated[list[str] | None, Parameter(help="Text, by default the built-in.")] = None,
+    /,
+    *,
+    tokenizer: Annotated[str, Parameter(help="As for `prepare`.")] = "train:wordpiece:4096",
+    length: Annotated[int, Parameter(help="Tokens in a row.")] = 128,
+    mask_rate: Annotated[float, Parameter(help="Share of a row that is predicted.")] = 0.3,
+    out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
+) -> None:
+    """Text to tokens beside the bare tokenizers library, and tokens to batches.
+
+    Example: codistill bench data corpus/ --tokenizer vocab.txt
+    """
+    import json
+
+    from codistill.bench import bench_data as measure
+
+    rows = measure(sources or ["builtin:python"], tokenizer, length=length, mask_rate=mask_rate)
+    for row in rows:
+        ratio = f"{row['ratio']:.2f} × the bare library" if row.get("ratio") else ""
+        console.print(f"{row['what']:<40} {row['cores']} core(s) {row['tokens_per_second']:>12,.0f} tokens/s  {ratio}")
+    if out is not None:
+        out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,102 @@
+"""train, recipes, show."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from codistill.cli.console import Device, Settings, Source, app, console, resolve, speaks
+from codistill.config import Run
+from codistill.errors import UserError
+from codistill.loading import to_yaml
+from codistill.recipes import RECIPES, check_teachers
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+@app.command
+def train(
+    source: Source,
+    /,
+    *,
+    set_: Settings = None,
+    out: Annotated[Path | None, Parameter(help="The run folder; by default runs/ and the recipe's name.")] = None,
+    resume: Annotated[bool, Parameter(negative="", help="Continue the unfinished run in the folder.")] = False,
+    fresh: Annotated[bool, Parameter(negative="", help="Replace the run in the folder.")] = False,
+    accept_changes: Annotated[
+        bool, Parameter(negative="", help="Resume although settings, text, tokenizer or versions have changed.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Train the members of a run together and write its run folder.
+
+    Example: codistill train ctcd:tiny --set steps=500 --out runs/first
+    """
+    run = resolve(source, set_ or [])
+    if resume and fresh:
+        raise UserError("--resume and --fresh exclude each other; give one of them")
+    folder = out or _default_folder(source)
+    check_teachers(run)
+    _train(run, folder, resume=resume, fresh=fresh, accept_changes=accept_changes, device=device)
+
+
+@app.command
+def recipes() -> None:
+    """List the recipes, one line each.
+
+    Example: codistill recipes
+    """
+    width = max(map(len, RECIPES))
+    for name, recipe in RECIPES.items():
+        console.print(f"{name:<{width}}  {(recipe.__doc__ or '').splitlines()[0]}", markup=False)
+    console.print("\nEach comes as NAME:tiny (CPU, minutes; the default), NAME:small (one GPU) and NAME:paper.")
+
+
+@app.command
+def show(source: Source, /, *, set_: Settings = None) -> None:
+    """Print the fully resolved configuration as YAML, which `train` accepts back.
+
+    Example: codistill show dwt:paper --set seed=1
+    """
+    print(to_yaml(resolve(source, set_ or [])), end="")
+
+
+def _default_folder(source: str) -> Path:
+    path = Path(source)
+    if path.name == "run.yaml":
+        return path.parent
+    return Path("runs") / (path.stem if path.suffix else source.replace(":", "-"))
+
+
+def _train(run: Run, folder: Path, **options: Any) -> None:
+    from codistill.progress import quiet, shown
+
+    shown = shown if speaks("RANK") else quiet
+    with shown("loading", 1):
+        from codistill import report
+        from codistill.train import Stopped
+        from codistill.train import train as train_run
+    try:
+        with shown("training", run.steps) as advance:
+            train_run(run, folder, advance=advance, **options)
+    except Stopped:
+        if speaks("RANK"):
+            console.print(f"stopped and saved; to go on: {_again(folder, options['device'])}", markup=False)
+        sys.exit(STOPPED)
+    if not speaks("RANK"):
+        return
+    console.print(report.results_table(folder))
+    picture = report.draw_curves(folder)
+    console.print(f"run folder: {folder}" + (f"\nlearning curves: {picture}" if picture else ""), markup=False)
+
+
+def _again(folder: Path, device: str | None) -> str:
+    """The command that resumes the run in `folder`."""
+    command = ["codistill", "train", str(folder / "run.yaml"), "--resume"]
+    command += ["--device", device] if device else []
+    world = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc-per-node={world} --no-python " if world else ""
+    return launcher + shlex.join(command)
