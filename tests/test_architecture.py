@@ -14,7 +14,7 @@ FLOORS = [
     {"schedules", "divergences", "data", "checkpoint"},
     {"config"},
     {"loading"},
-    {"objectives", "families", "recipes", "kernels", "remap", "provenance"},
+    {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance"},
     {"members", "watch"},
     {"cohort", "scores"},
     {"build"},

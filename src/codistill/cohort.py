@@ -98,6 +98,11 @@ class Cohort:
         The loss is the mean over the predicted rows of all micro-batches on all ranks. Metrics: `NAME/hard` and
         `NAME/from_TEACHER` (nats, unweighted), `NAME/grad_norm` (before clipping). Never waits for the device.
         """
+        metrics = self.gradients(step, micro_batches)
+        return metrics | self._update(step, metrics)
+
+    def gradients(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """The part of `step` before the update: adds to every trained member's gradients; returns the losses."""
         edges = [edge for edge in self._edges(step) if edge.weight != 0]
         taking_part = [m for m in self.members.values() if m.is_trained or any(m.name == e.teacher for e in edges)]
         (denominator,) = self.ranks.sum([_num_rows(micro_batches, self.device)])
@@ -107,9 +112,7 @@ class Cohort:
             losses.append(self._loss(features, batch, step, edges, denominator))
             self._backward(losses[-1].total, is_last=index == len(micro_batches) - 1)
         metrics = _summed(losses, edges)
-        metrics = dict(zip(metrics, self.ranks.sum(list(metrics.values())), strict=True))
-        metrics |= self._update(step, metrics)
-        return metrics
+        return dict(zip(metrics, self.ranks.sum(list(metrics.values())), strict=True))
 
     def failure(self) -> Failure | None:
         """What went wrong, if updates are suppressed; waits for the device, so ask when logging."""

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from codistill.attention import use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
@@ -38,6 +39,7 @@ class Predictor(nn.Module):
     def __init__(self, model: PreTrainedModel, vocabulary: int):
         super().__init__()
         family = FAMILIES[model.config.model_type]
+        use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
         # In lists, so that the parts are not registered twice, and looked up once, because a walk through module names
         # costs more than a tiny model's layer norm.

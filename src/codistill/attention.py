@@ -1,0 +1,79 @@
+"""Attention for short sequences in bfloat16 on a CPU, where PyTorch's own spends most of a small model's time.
+
+Shape suffixes: B sequences, H heads, Q queries, T keys, E width of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "codistill"
+# Up to so many keys two batched products and a softmax take a quarter to two thirds of the time of
+# `scaled_dot_product_attention` (forward and backward, 2 cores with avx512_bf16; docs/log.md), and hold Q × T weights.
+LONGEST = 512
+
+
+def attention(
+    module: nn.Module,
+    query_BHQE: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **further: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """(B, Q, H, E) softmax(q kᵀ · scaling + mask) v, and None: what transformers expects of an attention function.
+
+    `key` and `value` may have fewer heads than the queries (each then serves a group of them). The softmax is in
+    float32. Anything but short bfloat16 sequences on a CPU goes to `scaled_dot_product_attention`.
+    """
+    if any(further.get(name) is not None for name in ("softcap", "position_bias", "cache")) or not _is_ours(key):
+        return sdpa_attention_forward(
+            module, query_BHQE, key, value, attention_mask, dropout, scaling, is_causal, **further
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask = _causal(query_BHQE, key) if attention_mask is None and causal and query_BHQE.shape[2] > 1 else attention_mask
+    query_BHQE, key, value = (x.to(torch.bfloat16) for x in (query_BHQE, key, value))  # as autocast would
+    groups = query_BHQE.shape[1] // key.shape[1]
+    key_BHTE, value_BHTE = (x.repeat_interleave(groups, 1) if groups > 1 else x for x in (key, value))
+    scaling = query_BHQE.shape[-1] ** -0.5 if scaling is None else scaling
+    weights_BHQT = torch.matmul(query_BHQE * scaling, key_BHTE.transpose(2, 3))
+    if mask is not None:
+        weights_BHQT = _masked(weights_BHQT, mask)
+    weights_BHQT = torch.softmax(weights_BHQT, -1, dtype=torch.float32).to(query_BHQE.dtype)
+    weights_BHQT = nn.functional.dropout(weights_BHQT, dropout, training=dropout > 0)
+    return torch.matmul(weights_BHQT, value_BHTE).transpose(1, 2).contiguous(), None
+
+
+def use_short_attention(model: PreTrainedModel) -> None:
+    """Makes `model` call `attention` where it would call `scaled_dot_product_attention`; other choices stay."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
+
+
+def _is_ours(key: Tensor) -> bool:
+    if key.device.type != "cpu" or key.shape[2] > LONGEST:
+        return False
+    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else key.dtype) == torch.bfloat16
+
+
+def _causal(query_BHQE: Tensor, key: Tensor) -> Tensor:
+    shape = query_BHQE.shape[2], key.shape[2]
+    return torch.ones(shape, dtype=torch.bool, device=key.device).tril()
+
+
+def _masked(weights_BHQT: Tensor, mask: Tensor) -> Tensor:
+    """A row that may look nowhere (padding) looks everywhere alike instead of being no number."""
+    if mask.dtype == torch.bool:
+        return weights_BHQT.masked_fill(~mask, torch.finfo(weights_BHQT.dtype).min)
+    return weights_BHQT + mask
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
