@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
@@ -29,7 +29,7 @@ class Objective(Protocol):
     """What makes a batch of rows; see `objectives.MaskedLM.batch`. `looks_ahead`: positions see those after them, so
     that padding and other documents have to be hidden by a mask."""
 
-    looks_ahead: bool
+    looks_ahead: ClassVar[bool]
 
     def batch(self, ids_BT, lengths_B, key_B, vocabulary, inputs=None, sample_ids=()) -> Batch: ...
 
