@@ -28,6 +28,16 @@ def _cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def causal_teacher(text, tmp_path_factory) -> Path:
+    """A pre-trained model folder of a causal model."""
+    from codistill.train import train
+    from runs import small_run
+
+    out = tmp_path_factory.mktemp("causal_teacher") / "run"
+    return train(small_run("standalone-clm", text, "steps=5"), out) / "members" / "large"
+
+
+@pytest.fixture(scope="session")
 def teacher(text, tmp_path_factory) -> Path:
     """A pre-trained model folder."""
     from codistill.train import train

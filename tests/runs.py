@@ -27,7 +27,8 @@ def small_run(recipe: str, text: Path, *more: str):
     tree = override(to_dict(find(recipe)), [s.replace("TEXT", str(text)) for s in SMALL])
     for number, member in enumerate(tree["members"].values()):
         if "model" in member:
-            member["model"] = {"family": "modernbert", "layers": 2 - number % 2, "width": 32, "dropout": 0.1}
+            family = "llama" if tree["objective"]["name"] == "clm" else "modernbert"
+            member["model"] = {"family": family, "layers": 2 - number % 2, "width": 32, "dropout": 0.1}
     return load(override(tree, more))
 
 

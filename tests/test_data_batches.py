@@ -1,6 +1,7 @@
 """Batches: the same samples and masks for any ranks, micro-batches and resumption; every row once an epoch."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,15 +11,17 @@ from hypothesis import strategies as st
 
 from codistill.data import encode, shards
 from codistill.data.batches import Batches, held_out
-from codistill.data.packing import document_inputs
+from codistill.data.packing import document_mask, document_positions
 from codistill.data.prefetch import prefetched
 from codistill.data.prepare import prepare
+from codistill.data.tokenizers import Vocabulary
 from codistill.errors import UserError
 from codistill.objectives import MaskedLM
 from data_examples import VOCABULARY, documents, vocabulary_file
 
 PAD, CLS, SEP, MASK = (VOCABULARY.index(token) for token in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"))
 LENGTH = 16
+KNOWN = Vocabulary(len(VOCABULARY), CLS, SEP, PAD, MASK, np.zeros(0), np.zeros(0), np.zeros(0))
 
 
 def corpus_of(folder, texts, vocabulary, **options):
@@ -153,12 +156,20 @@ def test_padded_rows_are_one_unit_each(other):
 
 def test_attention_within_documents():
     ids = np.array([[CLS, 9, SEP, 8, 7, SEP, 6, 5]])
-    inputs = document_inputs(ids, SEP)
     number = [0, 0, 0, 1, 1, 1, 2, 2]
     expected = [[a == b for b in number] for a in number]
-    assert inputs["attention_mask"].shape == (1, 1, 8, 8)
-    assert inputs["attention_mask"][0, 0].tolist() == expected
-    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    positions = document_positions(ids, KNOWN)
+    assert positions.tolist() == [[0, 1, 2, 0, 1, 2, 0, 1]]
+    mask = document_mask(positions)
+    assert mask.shape == (1, 1, 8, 8)
+    assert mask[0, 0].tolist() == expected
+
+
+def test_one_token_for_both_ends_of_a_text():
+    """At the beginning of a row it begins the text that follows, elsewhere it ends the one before."""
+    both = replace(KNOWN, start=SEP)
+    assert document_positions(np.array([[SEP, 9, 8, SEP, 7, SEP, SEP, 6]]), both).tolist() == [[0, 1, 2, 3, 0, 1, 0, 0]]
+    assert document_positions(np.array([[SEP, 9, SEP]]), replace(KNOWN, start=None)).tolist() == [[0, 0, 1]]
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
@@ -174,7 +185,9 @@ def test_models_attend_within_documents_only(corpus, family):
         ends = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP, "cls_token_id": CLS, "sep_token_id": SEP}
         model = ModernBertModel(ModernBertConfig(num_hidden_layers=4, **sizes, **ends)).eval()
     ids = np.array([[CLS, 9, 10, SEP, 8, 7, 6, SEP], [CLS, 30, 31, SEP, 8, 7, 6, SEP]])
-    inputs = {name: torch.from_numpy(array) for name, array in document_inputs(ids, SEP).items()}
+    positions = document_positions(ids, KNOWN)
+    inputs = {"position_ids": positions, "attention_mask": document_mask(positions)}
+    inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
     with torch.no_grad():
         features = model(input_ids=torch.from_numpy(ids), **inputs).last_hidden_state
         alone = model(input_ids=torch.from_numpy(ids[:1, 4:])).last_hidden_state

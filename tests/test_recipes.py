@@ -1,5 +1,7 @@
 """Recipes: each is data for the one step, at three sizes."""
 
+import re
+
 import pytest
 import torch
 
@@ -10,6 +12,9 @@ from codistill.recipes import RECIPES, check_teachers, find
 # Published sizes in millions: 6 layers x 768 with a tied masked-LM head is BERT's 66.99M (research/papers.md §1.2);
 # without a pooler the four-layer teacher has 52.2M + the head's transform and bias (0.6M + 0.03M).
 PAPER_MILLIONS = {"large": 66.99, "small": 52.81}
+# Lu and Liu's 1.7B and 0.7B, as far as they are stated. By hand for Qwen3's shape with tied embeddings, width D:
+# 151,936 D + layers (2 D² + 2 D² · key-value heads / heads + 9 D² + two norms of D, two of a head) + a norm of D.
+CAUSAL_MILLIONS = {"large": 1720.57, "small": 705.73}
 
 
 def edges(name: str) -> set[tuple[str, str]]:
@@ -25,6 +30,12 @@ def edges(name: str) -> set[tuple[str, str]]:
         ("dwt-strong", {("weak", "large")}),
         ("dwt-decay", {("weak", "large")}),
         ("inherit", {("weak", "large")}),
+        ("standalone-clm", set()),
+        ("kd-clm", {("teacher", "small")}),
+        ("dwt-clm", {("weak", "large")}),
+        ("inherit-clm", {("weak", "large")}),
+        ("mix-clm", {("weak", "large")}),
+        ("ctcd-clm", {("large", "small"), ("small", "large")}),
         ("ctcd", {("large", "small"), ("small", "large")}),
         ("quickstart", {("large", "small"), ("small", "large")}),
         ("one-way", {("large", "small")}),
@@ -52,7 +63,8 @@ def test_the_weak_teachers_weights():
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_builds_on_the_meta_device(name, size):
     run = find(f"{name}:{size}")
-    vocabulary = {"tiny": 4096}.get(size, 30522)
+    causal = run.objective.name == "clm"
+    vocabulary = {"tiny": 4096}.get(size, 151_936 if causal else 30_522)
     for role, member in run.members.items():
         if member.model is None:
             continue
@@ -62,16 +74,29 @@ def test_every_recipe_builds_on_the_meta_device(name, size):
             )
         predictor = Predictor(model, vocabulary)
         assert predictor.output_weight.shape == (vocabulary, member.model.width)
-        assert predictor.output_bias.shape == (vocabulary,)
+        assert causal or predictor.output_bias.shape == (vocabulary,)
         if size == "paper":
             millions = predictor.num_parameters / 1e6
-            assert millions == pytest.approx(PAPER_MILLIONS[role.removesuffix("-alone")], abs=0.01)
+            published = CAUSAL_MILLIONS if causal else PAPER_MILLIONS
+            assert millions == pytest.approx(published[role.removesuffix("-alone")], abs=0.01)
 
 
 def test_a_recipe_without_its_teacher_says_how_to_make_one():
     with pytest.raises(UserError, match=r"make it with `codistill train standalone:tiny --set .*layers=4 --out runs/"):
         check_teachers(find("dwt:tiny"))
     check_teachers(find("ctcd:tiny"))
+    command = (
+        "codistill train standalone-clm:paper --set members.large.model.layers=26 --set members.large.model.width=1280 "
+        "--set members.large.model.heads=20 --set members.large.model.key_value_heads=10 --set steps=28611 "
+        "--out runs/standalone-clm-paper-26-layers"
+    )
+    with pytest.raises(UserError, match=re.escape(f"`{command}`")):
+        check_teachers(find("mix-clm:paper"))
+
+
+def test_the_mixed_shares_add_to_one():
+    run = find("mix-clm")
+    assert run.members["large"].hard_weight + run.distillation[0].weight == 1
 
 
 @pytest.mark.parametrize(

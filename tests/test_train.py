@@ -84,7 +84,8 @@ def test_quickstarts_twin_is_the_stand_alone_run(text, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
-def test_every_recipe_steps_at_tiny(name, text, teacher):
+def test_every_recipe_steps_at_tiny(name, text, teacher, causal_teacher):
+    teacher = causal_teacher if name.endswith("-clm") else teacher
     tree = to_dict(find(f"{name}:tiny"))
     sets = ["batch.sequences=4", "evaluate.sequences=8", f"data.train=[{text}]", f"data.validation=[{text}]"]
     sets += [f"members.{n}.path={teacher}" for n, m in tree["members"].items() if "path" in m]

@@ -1,6 +1,6 @@
 """From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,8 +22,9 @@ from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
+from codistill.families import FAMILIES
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
-from codistill.objectives import Batch, MaskedLM
+from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
 from codistill.provenance import pre_trained, provenance
 from codistill.remap import initial_state, learn_growth, read_config
@@ -57,19 +58,22 @@ def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
 def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Predictor]]:
     """All of `Built` but the cohort, and the predictors for that, before they are placed."""
     _check_sources(run)
+    _check_objectives({n: m.model.family for n, m in run.members.items() if m.model is not None}, run.objective.name)
     loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
+    _check_objectives({n: model.config.model_type for n, model in loaded.items()}, run.objective.name)
     corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
     validation = _prepared(run.data.validation, tokenizer, "data.validation", ranks)
-    objective = MaskedLM(run.objective.mask_rate)
-    masked = held_out(
+    objective = CausalLM() if run.objective.name == "clm" else MaskedLM(run.objective.mask_rate)
+    unseen = held_out(
         validation,
         objective,
         length=run.data.length,
         sequences=_SEQUENCES_AT_ONCE,
         seed=run.seed,
         limit=run.evaluate.sequences,
+        within_documents=run.data.within_documents,
     )
     batches = Batches(
         corpus,
@@ -78,13 +82,14 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         sequences=run.batch.sequences,
         accumulate=run.batch.accumulate,
         seed=run.seed,
+        within_documents=run.data.within_documents,
     )
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
     materials = {
         "batches": batches,
-        "held_out": [to_device(batch, device) for batch in masked],
-        "unigram": unigram_cross_entropy(corpus.unigram_counts(), masked),
+        "held_out": [to_device(batch, device) for batch in unseen],
+        "unigram": unigram_cross_entropy(corpus.unigram_counts(), unseen),
         "tokenizer": tokenizer,
         "provenance": provenance(run, [corpus, validation], tokenizer, device),
         "models": models,
@@ -233,6 +238,19 @@ def _check_sources(run: Run) -> None:
             raise UserError(
                 f"data.{split}: no text is named; give .txt or .parquet files, folders or globs, as in "
                 f"--set data.{split}=[corpus/*.parquet]"
+            )
+
+
+def _check_objectives(families: Mapping[str, str], wanted: str) -> None:
+    """UserError unless the members' families are made for the run's objective."""
+    kinds = {"mlm": "masked", "clm": "causal"}
+    for name, family in families.items():
+        found = FAMILIES[family].objective
+        if found != wanted:
+            fitting = ", ".join(key for key, of in FAMILIES.items() if of.objective == wanted)
+            raise UserError(
+                f"members.{name}: {family} is a {kinds[found]} LM, and objective.name {wanted} is for "
+                f"{kinds[wanted]} ones: {fitting}"
             )
 
 

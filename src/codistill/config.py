@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from codistill.schedules import Spec
 
-Family = Literal["bert", "modernbert"]
+Family = Literal["bert", "modernbert", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text"]
 
 
 def limited(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -19,33 +19,41 @@ def limited(default: Any, low: float | None = None, high: float | None = None, a
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept)."""
+    """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept); `clm` predicts
+    every token from those before it, and has no use for `mask_rate`."""
 
-    name: Literal["mlm"] = "mlm"
+    name: Literal["mlm", "clm"] = "mlm"
     mask_rate: float = limited(0.15, above=0, high=0.9)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members."""
+    """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members.
+
+    `within_documents` limits attention to the document (a row holds several), and lets positions begin anew with it;
+    `clm` then predicts no first token of a document from the one before.
+    """
 
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
     tokenizer: str | None = None
     length: int = limited(128, low=8)
+    within_documents: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """An architecture to initialise at random; its vocabulary is the tokenizer's.
 
-    `heads` None: width / 64. `feed_forward` None: 4 · width for BERT, 1.5 · width (gated) for ModernBERT.
+    `heads` None: width / 64. `key_value_heads` None: as many. `feed_forward` None: 4 · width for BERT and GPT-2,
+    1.5 · width (gated) for ModernBERT, 3 · width (gated) for the other causal families.
     """
 
     family: Family = "modernbert"
     layers: int = limited(4, low=1)
     width: int = limited(128, low=8)
     heads: int | None = limited(None, low=1)
+    key_value_heads: int | None = limited(None, low=1)
     feed_forward: int | None = limited(None, low=1)
     dropout: float = limited(0.0, low=0, high=0.9)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from codistill import schedules
-from codistill.config import Run
+from codistill.config import ModelConfig, Run
 from codistill.errors import UserError
 
 
@@ -206,7 +206,7 @@ def _check_whole(run: Run) -> None:
         raise UserError(
             f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
         )
-    if round(run.objective.mask_rate * run.data.length) < 1:
+    if run.objective.name == "mlm" and round(run.objective.mask_rate * run.data.length) < 1:
         raise UserError(
             f"objective.mask_rate: {run.objective.mask_rate} of {run.data.length} tokens rounds to no predicted row; "
             "raise it, or data.length"
@@ -222,11 +222,19 @@ def _check_member(name: str, member: Any) -> None:
         raise UserError(f"members.{name}.init: a member with a `path` has its parameters already; give `model` instead")
     if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
         raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
-    model = member.model
-    if model is not None and model.width % (model.heads or max(model.width // 64, 1)):
+    if member.model is not None:
+        _check_heads(member.model, f"members.{name}.model")
+
+
+def _check_heads(model: ModelConfig, field: str) -> None:
+    heads = model.heads or max(model.width // 64, 1)
+    if model.width % heads:
+        raise UserError(f"{field}.heads: a width of {model.width} does not divide into {heads} heads")
+    shared = model.key_value_heads
+    if shared is not None and (heads % shared or model.family in ("bert", "modernbert", "gpt2")):
         raise UserError(
-            f"members.{name}.model.heads: a width of {model.width} does not divide into "
-            f"{model.heads or max(model.width // 64, 1)} heads"
+            f"{field}.key_value_heads: {shared} came in; {model.family} with {heads} heads takes "
+            + ("a number that divides them" if heads % shared else "none: each head has its own")
         )
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -22,7 +24,7 @@ from codistill.attention import use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
-from codistill.families import FAMILIES
+from codistill.families import FAMILIES, Family
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -30,7 +32,7 @@ transformers_logging.disable_progress_bar()
 
 
 class Predictor(nn.Module):
-    """A masked LM that stops before its output embedding, and after choosing the predicted rows.
+    """A masked or causal LM that stops before its output embedding, and after choosing the predicted rows.
 
     `forward(inputs, rows_N)` gives the features (N, D); logits are features @ `output_weight`ᵀ + `output_bias`, of
     which the first `vocabulary` are tokens.
@@ -46,10 +48,12 @@ class Predictor(nn.Module):
         transform = nn.Identity() if family.transform is None else model.get_submodule(family.transform)
         self._parts = [model.get_submodule(family.backbone), transform]
         self._output = [cast(nn.Linear, model.get_submodule(family.output))]
+        # A causal model would keep its keys and values, and with them take documents for one another's past.
+        self._options = {"use_cache": False} if family.objective == "clm" else {}
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         backbone, transform = self._parts
-        hidden_BTD = backbone(**inputs).last_hidden_state
+        hidden_BTD = backbone(**inputs, **self._options).last_hidden_state
         return transform(hidden_BTD.flatten(0, 1).index_select(0, rows_N))
 
     @property
@@ -84,25 +88,22 @@ def new_model(
     family = FAMILIES[config.family]
     hugging_face_config = family.configure(config, max(length, 512))
     hugging_face_config.vocab_size = vocabulary
-    for token in ("pad", "bos", "eos", "cls", "sep"):
-        setattr(hugging_face_config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id", None))
+    for token, number in _special_tokens(tokenizer, family).items():
+        setattr(hugging_face_config, f"{token}_token_id", number)
     torch.manual_seed(seed_of(seed, "initialisation", name))
     return family.model(hugging_face_config)
 
 
 def load_model(path: str, field: str) -> PreTrainedModel:
-    """The masked LM in a Hugging Face folder or of a hub name, in float32; raises UserError naming `field`."""
+    """The masked or causal LM in a folder or of a hub name, in float32; raises UserError naming `field`."""
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{field}: {path!r} is no model folder (it has no config.json); give a folder or a hub name")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: {path!r} cannot be loaded: {_first_line(error)}") from None
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-        )
-    return _load_weights(path, field)
+    _check_supported(config, path, field)
+    return _load_weights(path, FAMILIES[config.model_type], field)
 
 
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
@@ -113,16 +114,49 @@ def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
     return load_tokenizer(path)
 
 
-def _load_weights(path: str, field: str) -> PreTrainedModel:
+def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -> dict[str, int | None]:
+    """Ids by role; for a causal model the tokens that begin and end a text where only BERT's names for them exist."""
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("pad", "bos", "eos", "cls", "sep")}
+    if family.objective == "clm":
+        for role, name in (("bos", "cls"), ("eos", "sep")):
+            ids[role] = ids[name] if ids[role] is None else ids[role]
+    return ids
+
+
+def _check_supported(config: PreTrainedConfig, path: str, field: str) -> None:
+    """UserError unless the logits are a linear function of features that a family of ours gives."""
+    bent = {
+        "final_logit_softcapping": None,
+        "logit_scale": 1,
+        "logits_scaling": 1,
+    }  # what leaves the logits as they are
+    for key, plain in bent.items():
+        value = getattr(config, key, None)
+        if value not in (None, plain):
+            raise UserError(
+                f"{field}: {path!r} has {key} {value}, and the loss knows no caps or scales of logits; "
+                "give a model without"
+            )
+    if config.model_type not in FAMILIES:
+        raise UserError(
+            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(FAMILIES)}"
+        )
+
+
+def _load_weights(path: str, family: Family, field: str) -> PreTrainedModel:
+    auto, kind = {
+        "mlm": (AutoModelForMaskedLM, "masked"),
+        "clm": (AutoModelForCausalLM, "causal"),
+    }[family.objective]
     try:
-        model, report = AutoModelForMaskedLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, report = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # safetensors and the hub have error types of their own, none of them documented
         raise UserError(f"{field}: the weights in {path!r} cannot be read: {_first_line(error)}") from None
     missing = sorted(report["missing_keys"])
     if missing:
         raise UserError(
-            f"{field}: {path!r} lacks {len(missing)} tensors of a masked LM ({', '.join(missing[:3])}…); "
-            "give a model that was saved with its masked-LM head"
+            f"{field}: {path!r} lacks {len(missing)} tensors of a {kind} LM ({', '.join(missing[:3])}…); "
+            f"give a model that was saved with its {kind}-LM head"
         )
     return model
 

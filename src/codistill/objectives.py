@@ -52,6 +52,7 @@ class MaskedLM:
     mask_rate: float = 0.15
     whole_word: bool = False
     name: ClassVar[str] = "mlm"
+    looks_ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate < 1:
@@ -115,6 +116,46 @@ class MaskedLM:
             word_BK = np.take_along_axis(owner_BT, place_BK, axis=1)
             filled_BK &= word_BK != np.take_along_axis(word_BK, wanted_B, axis=1)
         return place_BK[:, :slots], filled_BK[:, :slots], keyed(order_BK[:, :slots], 1)
+
+
+@dataclass(frozen=True)
+class CausalLM:
+    """Every token is predicted from those before it: of a sequence of T positions, T − 1 rows.
+
+    Rows whose token is padding have weight 0, and so have those whose token begins a document where documents are kept
+    apart (its position is 0). No mask is handed on: a causal model sees no padding, which comes after the text, and
+    takes positions that begin anew for documents that must not see one another (tests/test_causal.py holds it to it).
+    """
+
+    name: ClassVar[str] = "clm"
+    looks_ahead: ClassVar[bool] = False
+
+    def batch(
+        self,
+        ids_BT: np.ndarray,
+        lengths_B: np.ndarray,
+        key_B: np.ndarray,
+        vocabulary: Vocabulary,
+        inputs: Mapping[str, np.ndarray] | None = None,
+        sample_ids: tuple[int, ...] = (),
+    ) -> Batch:
+        """The batch of token ids (int64) and lengths without padding; chance has no part in it. `inputs`: further
+        inputs of the backbone, passed on. UserError below two positions."""
+        length = ids_BT.shape[1]
+        if length < 2:
+            raise UserError(f"data.length {length}: expected at least 2 positions")
+        tensors = {"input_ids": ids_BT, **(inputs or {})}
+        filled_BK = np.arange(1, length) < lengths_B[:, None]
+        if "position_ids" in tensors:
+            filled_BK &= tensors["position_ids"][:, 1:] > 0
+        rows_BK = np.arange(length - 1) + np.arange(0, ids_BT.size, length)[:, None]
+        return Batch(
+            inputs={name: torch.from_numpy(array) for name, array in tensors.items()},
+            rows_N=torch.from_numpy(rows_BK.reshape(-1)),
+            labels_N=torch.from_numpy(ids_BT[:, 1:].reshape(-1)),
+            row_weight_N=torch.from_numpy(filled_BK.reshape(-1).astype(np.float32)),
+            sample_ids=sample_ids,
+        )
 
 
 def _word_starts(ids_BT: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:

@@ -53,6 +53,7 @@ def recipes() -> None:
     for name, recipe in RECIPES.items():
         console.print(f"{name:<{width}}  {(recipe.__doc__ or '').splitlines()[0]}", markup=False)
     console.print("\nEach comes as NAME:tiny (CPU, minutes; the default), NAME:small (one GPU) and NAME:paper.")
+    console.print("Models are masked language models; where the name ends in -clm, causal ones.")
 
 
 @app.command

@@ -6,13 +6,13 @@ Shape suffixes: B sequences, T position.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 
 from codistill.data.corpus import Corpus
 from codistill.data.order import keyed, permute
-from codistill.data.packing import Packed, Padded, Rows, document_inputs
+from codistill.data.packing import Packed, Padded, Rows, document_mask, document_positions
 from codistill.data.tokenizers import Vocabulary
 from codistill.errors import UserError
 from codistill.seeds import seed_of
@@ -26,7 +26,10 @@ _MIXED = 10_000
 
 
 class Objective(Protocol):
-    """What makes a batch of rows; see `objectives.MaskedLM.batch`."""
+    """What makes a batch of rows; see `objectives.MaskedLM.batch`. `looks_ahead`: positions see those after them, so
+    that padding and other documents have to be hidden by a mask."""
+
+    looks_ahead: ClassVar[bool]
 
     def batch(self, ids_BT, lengths_B, key_B, vocabulary, inputs=None, sample_ids=()) -> Batch: ...
 
@@ -171,9 +174,12 @@ def held_out(
 def _masked(batches: Batches, rows: Rows, key_B: np.ndarray, sample_ids: tuple[int, ...]) -> Batch:
     inputs: dict[str, np.ndarray] = {}
     if batches.within_documents:
-        inputs = document_inputs(rows.ids_RT, batches.vocabulary.separator)
-    elif isinstance(batches.parts[0], Padded):
-        inputs = {"attention_mask": (np.arange(batches.length) < rows.lengths_R[:, None]).astype(np.int64)}
+        inputs["position_ids"] = document_positions(rows.ids_RT, batches.vocabulary)
+    if batches.objective.looks_ahead:
+        if batches.within_documents:
+            inputs["attention_mask"] = document_mask(inputs["position_ids"])
+        elif isinstance(batches.parts[0], Padded):
+            inputs["attention_mask"] = (np.arange(batches.length) < rows.lengths_R[:, None]).astype(np.int64)
     return batches.objective.batch(rows.ids_RT, rows.lengths_R, key_B, batches.vocabulary, inputs, sample_ids)
 
 

@@ -91,20 +91,20 @@ def _by_shard(firsts: np.ndarray, row_R: np.ndarray) -> list[tuple[int, np.ndarr
     return [(int(shard), np.flatnonzero(shard_R == shard)) for shard in np.unique(shard_R)]
 
 
-def document_numbers(ids_RT: np.ndarray, separator: int) -> np.ndarray:
-    """Which unit of its row each position belongs to, from 0; a separator still belongs to what it ends."""
-    numbers_RT = np.zeros_like(ids_RT)
-    np.cumsum(ids_RT[:, :-1] == separator, axis=1, out=numbers_RT[:, 1:])
-    return numbers_RT
+def document_positions(ids_RT: np.ndarray, vocabulary: Vocabulary) -> np.ndarray:
+    """The position of each token in its unit (R, T), from 0; a separator still belongs to what it ends.
 
-
-def document_inputs(ids_RT: np.ndarray, separator: int) -> dict[str, np.ndarray]:
-    """`attention_mask` (R, 1, T, T) bool, true where both positions lie in one unit, and `position_ids` (R, T) that
-    begin anew at every unit."""
-    numbers_RT = document_numbers(ids_RT, separator)
+    A start token belongs to what it begins, also where a tokenizer has one token for both ends of a text.
+    """
+    begins_RT = np.ones_like(ids_RT, dtype=bool)
+    begins_RT[:, 1:] = ids_RT[:, :-1] == vocabulary.separator
+    if vocabulary.start == vocabulary.separator:
+        begins_RT[:, 1:2] = False
     position_T = np.arange(ids_RT.shape[1])
-    begins_RT = np.ones_like(numbers_RT, dtype=bool)
-    begins_RT[:, 1:] = numbers_RT[:, 1:] != numbers_RT[:, :-1]
-    first_RT = np.maximum.accumulate(np.where(begins_RT, position_T, 0), axis=1)
-    mask_RTT = numbers_RT[:, None, :, None] == numbers_RT[:, None, None, :]
-    return {"attention_mask": mask_RTT, "position_ids": position_T - first_RT}
+    return position_T - np.maximum.accumulate(np.where(begins_RT, position_T, 0), axis=1)
+
+
+def document_mask(positions_RT: np.ndarray) -> np.ndarray:
+    """(R, 1, T, T) bool, true where both positions lie in one unit, of what `document_positions` gives."""
+    numbers_RT = np.cumsum(positions_RT == 0, axis=1)
+    return numbers_RT[:, None, :, None] == numbers_RT[:, None, None, :]

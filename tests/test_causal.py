@@ -1,0 +1,167 @@
+"""Causal language models: what is predicted, by which families, and that nothing is seen that should not be."""
+
+import numpy as np
+import pytest
+import torch
+
+from codistill.build import build
+from codistill.config import ModelConfig
+from codistill.data.batches import Batches
+from codistill.data.order import keyed
+from codistill.data.prepare import prepare
+from codistill.data.tokenizers import Vocabulary
+from codistill.errors import UserError
+from codistill.families import FAMILIES
+from codistill.members import Predictor, load_model, new_model
+from codistill.objectives import CausalLM
+from data_examples import documents, vocabulary_file
+from runs import refused, small_run, with_teachers
+
+CAUSAL = sorted(name for name, family in FAMILIES.items() if family.objective == "clm")
+PAD, CLS, SEP = 0, 2, 3
+VOCABULARY = Vocabulary(60, CLS, SEP, PAD, None, np.arange(60) < 5, np.zeros(60, bool), np.arange(5, 60))
+LENGTH = 24
+
+
+def predictor(family: str, seed: int = 0, **settings) -> Predictor:
+    config = ModelConfig(family=family, layers=2, width=32, heads=2, **settings)
+    return Predictor(new_model(config, vocabulary=60, length=LENGTH, tokenizer=None, seed=seed, name=family), 60).eval()
+
+
+def batch(ids, lengths=None, positions=None):
+    lengths = np.full(len(ids), ids.shape[1]) if lengths is None else lengths
+    inputs = {} if positions is None else {"position_ids": positions}
+    return CausalLM().batch(ids, lengths, keyed(0, np.arange(len(ids))), VOCABULARY, inputs)
+
+
+def rows(count: int = 3, seed: int = 0):
+    return np.random.default_rng(seed).integers(5, 60, (count, LENGTH))
+
+
+def test_every_token_but_the_first_is_predicted_from_those_before():
+    ids = rows()
+    found = batch(ids)
+    asked = [(place // LENGTH, place % LENGTH) for place in found.rows_N.tolist()]
+    assert asked == [(row, at) for row in range(3) for at in range(LENGTH - 1)]
+    assert found.labels_N.tolist() == [ids[row, at + 1] for row, at in asked]
+    assert (found.row_weight_N == 1).all()
+    assert (found.inputs["input_ids"].numpy() == ids).all()
+
+
+def test_padding_is_not_predicted():
+    found = batch(rows(), lengths=np.array([1, 5, LENGTH]))
+    assert found.row_weight_N.reshape(3, -1).sum(1).tolist() == [0, 4, LENGTH - 1]
+    assert found.row_weight_N.reshape(3, -1)[1].tolist() == [1] * 4 + [0] * (LENGTH - 5)
+
+
+def test_no_first_token_of_a_document_is_predicted_where_they_are_kept_apart():
+    ids = np.array([[CLS, 9, SEP, 8, 7, SEP, 6, 5]])
+    found = batch(ids, positions=np.array([[0, 1, 2, 0, 1, 2, 0, 1]]))
+    predicted = found.labels_N[found.row_weight_N == 1].tolist()
+    assert predicted == [9, SEP, 7, SEP, 5]
+    assert batch(ids).row_weight_N.sum() == 7
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_the_predictor_gives_the_models_own_logits(family):
+    """In training mode too, where some models round or cap differently."""
+    ours = predictor(family)
+    ids = torch.from_numpy(rows())
+    found = batch(rows())
+    logits_BTV = ours.model(input_ids=ids).logits
+    features_ND = ours({"input_ids": ids}, found.rows_N)
+    assert ours.output_bias is None
+    expected_NV = logits_BTV[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(features_ND @ ours.output_weight.T, expected_NV, rtol=0, atol=1e-6)
+    theirs = ours.model(input_ids=ids, labels=ids).loss
+    loss = torch.nn.functional.cross_entropy(features_ND @ ours.output_weight.T, found.labels_N)
+    torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_no_token_sees_those_after_it(family):
+    ours, ids = predictor(family), rows(1)
+    changed = ids.copy()
+    changed[0, 10] = 5 if ids[0, 10] != 5 else 6
+    every = torch.arange(LENGTH)
+    before, after = (ours({"input_ids": torch.from_numpy(i)}, every) for i in (ids, changed))
+    torch.testing.assert_close(before[:10], after[:10], rtol=0, atol=0)
+    assert ((before[10:] - after[10:]).abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_documents_that_are_kept_apart_do_not_see_one_another(family, tmp_path):
+    """Of real batches: change one document, and no other one's features move; alone, each gives the same."""
+    for number, text in enumerate(documents(60, words=3)):
+        (tmp_path / f"{number}.txt").write_text(text)
+    corpus = prepare([str(tmp_path)], str(vocabulary_file(tmp_path)), tmp_path / "out", processes=1)
+    source = Batches(corpus, CausalLM(), length=LENGTH, sequences=4, within_documents=True)
+    found = source.at(0)[0]
+    assert set(found.inputs) == {"input_ids", "position_ids"}
+    ids, places = found.inputs["input_ids"], found.inputs["position_ids"]
+    number = (places == 0).cumsum(1)
+    row = int(number[:, -1].argmax())
+    assert number[row, -1] >= 3
+    torch.manual_seed(0)
+    config = ModelConfig(family=family, layers=2, width=32, heads=2)
+    model = new_model(config, vocabulary=source.vocabulary.size, length=LENGTH, tokenizer=None, seed=0, name="a")
+    ours, every = Predictor(model, source.vocabulary.size).eval(), torch.arange(LENGTH)
+    before = ours({"input_ids": ids[row : row + 1], "position_ids": places[row : row + 1]}, every)
+    changed = ids[row : row + 1].clone()
+    second = number[row] == 2
+    changed[0, second] = (changed[0, second] + 7) % source.vocabulary.size
+    after = ours({"input_ids": changed, "position_ids": places[row : row + 1]}, every)
+    torch.testing.assert_close(before[~second], after[~second], rtol=0, atol=0)
+    assert ((before[second] - after[second]).abs().amax(1) > 0).all()
+    third = number[row] == 3
+    alone = ours({"input_ids": ids[row : row + 1, third]}, torch.arange(int(third.sum())))
+    torch.testing.assert_close(before[third], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_within_documents_reaches_the_batches(text):
+    built = build(
+        small_run("standalone-clm", text, "precision=float32", "data.within_documents=true"), torch.device("cpu")
+    )
+    assert "position_ids" in built.batches.at(0)[0].inputs
+    assert "position_ids" in built.held_out[0].inputs
+
+
+def test_a_masked_teacher_of_a_causal_student_is_refused(text, teacher, causal_teacher, tmp_path):
+    wrong = "members.weak: modernbert is a masked LM, and objective.name clm is for causal ones: gpt2, llama"
+    refused(wrong, with_teachers("dwt-clm", text, teacher), tmp_path / "run")
+    wrong = "members.weak: llama is a causal LM, and objective.name mlm is for masked ones: bert, modernbert"
+    refused(wrong, with_teachers("dwt", text, causal_teacher), tmp_path / "run")
+    wrong = "members.large: bert is a masked LM"
+    refused(wrong, small_run("standalone-clm", text, "members.large.model.family=bert"), tmp_path / "run")
+
+
+def test_a_context_longer_than_the_positions_is_refused(text, causal_teacher, tmp_path):
+    run = with_teachers("dwt-clm", text, causal_teacher, "data.length=600", "batch.sequences=4")
+    refused(r"data.length: 600 is more than the 512 positions of members.weak", run, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({"model_type": "granite"}, "logits_scaling 8"),
+    ],
+)
+def test_capped_and_scaled_logits_are_refused(settings, message, tmp_path):
+    from transformers import Gemma3TextConfig, GraniteConfig
+
+    config = GraniteConfig(logits_scaling=8) if "model_type" in settings else Gemma3TextConfig(**settings)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=message) as refusal:
+        load_model(str(tmp_path), "members.weak.path")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "shared", "message"),
+    [("llama", 3, "takes a number that divides them"), ("gpt2", 1, "takes none: each head has its own")],
+)
+def test_heads_that_cannot_be_shared_are_refused(family, shared, message, text):
+    model = f"members.large.model={{family: {family}, layers: 1, width: 32, heads: 2, key_value_heads: {shared}}}"
+    with pytest.raises(UserError, match=message):
+        small_run("standalone-clm", text, model)
