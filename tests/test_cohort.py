@@ -1,9 +1,13 @@
 """The contract of one training step (docs/concepts.md): who learns, from what, and with which bits."""
 
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.optim import SGD, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.objectives import Batch
@@ -232,3 +236,36 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32():
     assert all(p.dtype == torch.float32 for p in cohort.members["large"].parameters)
     exact = Cohort([member("large", 2), member("small")], BOTH_WAYS).step(0, [batch(1)])
     assert metrics["large/hard"].item() == pytest.approx(exact["large/hard"].item(), rel=1e-2)
+
+
+class Looks(TorchDispatchMode):
+    """Collects reads of a tensor's value, for each of which the host would wait on an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            place = next(f for f in reversed(traceback.extract_stack()) if "codistill" in f.filename)
+            self.found.append(f"{Path(place.filename).name}: {place.line}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_for_the_device_nowhere_but_where_there_is_none():
+    cohort = Cohort(
+        [member("ann", 2), member("bob"), member("eve", trained=False)],
+        [Distillation("ann", "bob"), Distillation("bob", "ann"), Distillation("eve", "ann", temperature=2.0)],
+    )
+    batches = [batch(1), batch(2)]
+    run(cohort, steps=[0])
+    with Looks() as looks:
+        cohort.step(1, batches)
+    # Both of these are asked on a CPU only, where looking is free.
+    on_a_cpu = ("problem.py: low, high = labels.min()", 'chunked.py: if upstream.device.type != "cpu" or')
+    assert looks.found
+    assert [found for found in looks.found if not found.startswith(on_a_cpu)] == []
+    with Looks() as looks:
+        cohort.failure()
+    assert looks.found

@@ -1,5 +1,6 @@
 """From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
@@ -23,6 +24,7 @@ from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.families import FAMILIES
+from codistill.machine import compile_layers, why_not_compile
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
@@ -51,6 +53,8 @@ def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
     """The live objects of `run`; raises UserError, on all ranks, for whatever in it cannot be had on one of them."""
     materials, predictors = ranks.together(lambda: _materials(run, device, ranks))
     for predictor in predictors.values():
+        if run.compile:
+            compile_layers(predictor.model)
         ranks.place(predictor)
     return Built(cohort=_cohort(run, predictors, ranks), **materials)
 
@@ -106,6 +110,14 @@ def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bf
     # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+def resolved_compile(run: Run, device: torch.device) -> bool:
+    """Whether to compile: as `run` asks, unless this machine cannot, which a line on stderr then says."""
+    reason = why_not_compile(device) if run.compile else None
+    if reason:
+        print(f"codistill: going on without compiling, as this machine cannot: {reason}", file=sys.stderr)
+    return run.compile and not reason
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

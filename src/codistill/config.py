@@ -147,6 +147,7 @@ class Run:
     """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes).
 
     `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
+    `compile`: whether layers are compiled (faster; other roundings; up to a minute at the start).
     `distributed`: what the processes that torchrun starts share; auto is ddp where there are several, else single.
     """
 
@@ -158,6 +159,7 @@ class Run:
     steps: int = limited(1000, low=1)
     batch: BatchSize = field(default_factory=BatchSize)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    compile: bool = False
     deterministic: bool = False
     seed: int = limited(0, low=0)
     non_finite: Literal["stop", "skip"] = "stop"

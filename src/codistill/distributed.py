@@ -78,7 +78,7 @@ class Ranks:
 
     def _shard(self, module: nn.Module) -> None:
         mesh = dist.init_device_mesh(self.device.type, (self.world,))
-        for part in [*_layers(module), module]:
+        for part in [*layers(module), module]:
             sharded = fully_shard(part, mesh=mesh)
             sharded.set_gradient_divide_factor(1.0)  # a sum, not a mean,
             sharded.set_force_sum_reduction_for_comms(True)  # in words that every backend understands
@@ -307,10 +307,11 @@ def _connected(device_type: str) -> dist.ProcessGroup:
 # ---- gradients ---------------------------------------------------------------------------------
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def layers(module: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model: the elements of its outermost ModuleLists that have parameters."""
     if isinstance(module, nn.ModuleList):
         return [layer for layer in module if any(True for _ in layer.parameters())]
-    return [layer for child in module.children() for layer in _layers(child)]
+    return [layer for child in module.children() for layer in layers(child)]
 
 
 def _local(tensor: Tensor) -> Tensor:

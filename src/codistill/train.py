@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from codistill import checkpoint, distributed
-from codistill.build import Built, build, resolved_precision, to_device
+from codistill.build import Built, build, resolved_compile, resolved_precision, to_device
 from codistill.checkpoint import Retention, Saver, Trained
 from codistill.config import Run
 from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.files import machine_error
+from codistill.machine import keep_freed_memory
 from codistill.metrics import MetricsLog
 from codistill.objectives import Batch
 from codistill.progress import Advance, silent
@@ -65,7 +66,8 @@ def train(
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
         if ranks.is_main:
             print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
-    run = replace(run, precision=resolved_precision(run, ranks.device))
+    keep_freed_memory()
+    run = replace(run, precision=resolved_precision(run, ranks.device), compile=resolved_compile(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
     torch.use_deterministic_algorithms(run.deterministic)
     built = build(run, ranks.device, ranks)
@@ -185,7 +187,8 @@ def score_members(built: Built, run: Run) -> dict[str, Score]:
     """Held-out score of every member, frozen ones too."""
     precision = getattr(torch, run.precision)
     ranks = built.cohort.ranks
-    return {m.name: held_out(m.predictor, built.held_out, precision, ranks) for m in built.cohort.members.values()}
+    with torch.compiler.set_stance("force_eager"):  # scores do not depend on `compile`
+        return {m.name: held_out(m.predictor, built.held_out, precision, ranks) for m in built.cohort.members.values()}
 
 
 @contextmanager

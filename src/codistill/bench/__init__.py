@@ -2,5 +2,6 @@
 
 from codistill.bench.data import bench_data
 from codistill.bench.loss import bench_loss
+from codistill.bench.step import bench_step
 
-__all__ = ["bench_data", "bench_loss"]
+__all__ = ["bench_data", "bench_loss", "bench_step"]

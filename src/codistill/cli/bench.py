@@ -1,11 +1,11 @@
-"""bench loss, bench data: measurements side by side."""
+"""bench loss, data, step: measurements side by side."""
 
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from codistill.cli.console import bench, console
+from codistill.cli.console import Settings, Source, bench, console, resolve
 
 Rows = Annotated[int, Parameter(help="Predicted rows.")]
 
@@ -64,3 +64,23 @@ def bench_data(
         console.print(f"{row['what']:<40} {row['cores']} core(s) {row['tokens_per_second']:>12,.0f} tokens/s  {ratio}")
     if out is not None:
         out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@bench.command(name="step")
+def bench_step(
+    source: Source = "ctcd:tiny",
+    /,
+    *,
+    set_: Settings = None,
+    device: Annotated[str, Parameter(help="cpu or cuda.")] = "cpu",
+    runs: Annotated[int, Parameter(help="Timed steps of each, taken in turns.")] = 7,
+    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this one; may be repeated.")] = None,
+    out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
+) -> None:
+    """A whole training step: tokens a second, utilisation, peak memory, and where the time goes.
+
+    Example: codistill bench step ctcd:tiny --runs 5 --out step.json
+    """
+    from codistill.bench import bench_step as measure
+
+    measure(resolve(source, set_ or []), device=device, runs=runs, providers=provider, out=out)

@@ -1,0 +1,63 @@
+"""Where a step's time goes, and what the machine could do at most."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from codistill.build import Built
+from codistill.objectives import Batch
+
+
+def phases(built: Built, batches: Sequence[Sequence[Batch]], runs: int) -> dict[str, float]:
+    """Median seconds of the parts of a step with one micro-batch, each waited for: data, forward, loss, backward,
+    update (clipping and optimizers)."""
+    cohort, device = built.cohort, built.cohort.device
+    seconds: dict[str, list[float]] = {name: [] for name in ("data", "forward", "loss", "backward", "update")}
+    for step in range(runs + 1):
+        batch, edges = batches[step % len(batches)][0], cohort._edges(step)
+        rows = torch.full((), float(len(batch.labels_N)), device=device)
+        clock = _Clock(device)
+        clock.time("data", lambda: built.batches.at(step))  # noqa: B023  called at once
+        features = clock.time(
+            "forward",
+            lambda: {m.name: cohort._features(m, batch, step, 0) for m in cohort.members.values()},  # noqa: B023
+        )
+        loss = clock.time("loss", lambda: cohort._loss(features, batch, step, edges, rows))  # noqa: B023
+        clock.time("backward", loss.total.backward)
+        metrics = {f"{m.name}/hard": loss.hard[m.name] for m in cohort.trained}
+        clock.time("update", lambda: cohort._update(step, metrics))  # noqa: B023
+        for name, spent in clock.spent.items():
+            if step:  # the first is a warm-up
+                seconds[name].append(spent)
+    return {name: statistics.median(found) for name, found in seconds.items()}
+
+
+def product_rate(device: torch.device, precision: torch.dtype, size: int = 2048) -> float:
+    """Floating-point operations a second of a square matrix product, the best of five."""
+    a = torch.randn(size, size, device=device, dtype=precision)
+    best = 0.0
+    for _ in range(5):
+        clock = _Clock(device)
+        clock.time("product", lambda: a @ a)
+        best = max(best, 2 * size**3 / clock.spent["product"])
+    return best
+
+
+class _Clock:
+    def __init__(self, device: torch.device):
+        self.device, self.spent = device, dict[str, float]()
+
+    def time(self, name: str, work: Callable[[], Any]) -> Any:
+        self._wait()
+        start = time.perf_counter()
+        done = work()
+        self._wait()
+        self.spent[name] = time.perf_counter() - start
+        return done
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)

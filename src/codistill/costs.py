@@ -1,0 +1,76 @@
+"""What a model costs before it is run: its floating-point operations and the memory that its activations take.
+
+Both are found by running it on fake tensors, which have shapes and types and no numbers, so no family needs a formula.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from codistill.members import Predictor
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one forward pass over a batch, without the output embedding.
+
+    `flops`: two for every multiply-add of a matrix product. `saved_bytes`: what the backward pass needs kept.
+    `parameters`: tied ones once. `width` of the features.
+    """
+
+    flops: int
+    saved_bytes: int
+    parameters: int
+    width: int
+
+
+def forward_cost(
+    model: PreTrainedModel, *, vocabulary: int, sequences: int, length: int, rows: int, precision: torch.dtype
+) -> Cost:
+    """The cost of a forward pass of `model`, which may be on the meta device, in training mode.
+
+    `rows`: predicted positions among `sequences` × `length`.
+    """
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    with FakeTensorMode():
+        predictor = Predictor(_faked(copy), vocabulary).train()
+        ids_BT = torch.zeros(sequences, length, dtype=torch.int64)
+        own = {parameter.untyped_storage()._cdata for parameter in predictor.parameters()}
+        saved: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage.nbytes()
+            return tensor
+
+        autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
+        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+            features_ND = predictor({"input_ids": ids_BT}, torch.zeros(rows, dtype=torch.int64))
+    return Cost(counter.get_total_flops(), sum(saved.values()), predictor.num_parameters, features_ND.shape[1])
+
+
+def head_flops(width: int, vocabulary: int, rows: int) -> int:
+    """One product of the features of `rows` with the output embedding; a trained member's loss takes three."""
+    return 2 * width * vocabulary * rows
+
+
+def _faked(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with fake tensors of a CPU in place of its parameters and buffers; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    made[id(tensor)] = nn.Parameter(empty) if table is module._parameters else empty
+                table[name] = made[id(tensor)]  # type: ignore[assignment]
+    return model

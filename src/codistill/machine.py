@@ -1,0 +1,50 @@
+"""Making the most of a machine: compiled layers, and memory that is kept."""
+
+import ctypes
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from codistill.distributed import layers
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each of the model's repeated layers for the shapes that come, at its first call.
+
+    Layers that are alike share what was compiled, also those of other models in the process, so a deep model costs no
+    more than a shallow one.
+    """
+    for layer in layers(model):
+        layer.compile(dynamic=False)
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What this machine lacks to compile for `device`, in a line; None if nothing."""
+    if device.type == "cuda":
+        return None if find_spec("triton") else "the package triton is not installed"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:  # InvalidCxxCompiler, or whatever starting the compiler raises
+        return " ".join(str(error).split())
+    return None
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library (glibc) to hold on to what a step frees: the next step asks for the same again.
+
+    Otherwise it returns memory to the system at every large release, and a tiny model's step spends a tenth of its time
+    on getting it back (docs/log.md). The peak does not change. For the rest of the process; elsewhere nothing happens.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_M_TOP_PAD, 2**26)
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that it takes

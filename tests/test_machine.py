@@ -1,0 +1,100 @@
+"""Compiled layers and kept memory change the speed, and of the numbers no more than roundings."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from codistill.cohort import Cohort, Distillation
+from codistill.loading import read_run
+from codistill.machine import compile_layers, why_not_compile
+from codistill.train import Stopped, train
+from cohorts import batch, member
+from runs import assert_same_run, small_run
+
+# PyTorch's compiler warns of itself: of a part of PyTorch that it imports, and of gradients that it looks for.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+COMPILES = pytest.mark.skipif(
+    why_not_compile(torch.device("cpu")) is not None, reason="this machine has no C++ compiler"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def gradients(compiled: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    members = [member(name, layers, dropout=0.0) for name, layers in (("ann", 1), ("bob", 1))]
+    if compiled:
+        for one in members:
+            compile_layers(one.predictor.model)
+    metrics = Cohort(members, [Distillation("ann", "bob"), Distillation("bob", "ann")]).gradients(0, [batch(1)])
+    return metrics, [p.grad for one in members for p in one.parameters if p.grad is not None]
+
+
+@COMPILES
+def test_compiled_layers_give_the_same_losses_and_gradients():
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    metrics, wanted = gradients(compiled=False)
+    assert not counters["stats"]
+    found_metrics, found = gradients(compiled=True)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert not counters["graph_break"]
+    for name, value in metrics.items():
+        torch.testing.assert_close(found_metrics[name], value, rtol=1e-5, atol=1e-6)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@COMPILES
+@pytest.mark.slow
+def test_a_compiled_run_resumes_bit_for_bit_and_is_scored_without_the_compiler(text, tmp_path, monkeypatch):
+    run = small_run("ctcd:tiny", text, "compile=true", "steps=4", "checkpoint.every=2", "evaluate.every=4")
+    whole = train(run, tmp_path / "whole", device="cpu")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "parts", device="cpu", stop_at=2)
+    torch.compiler.reset()
+    assert_same_run(whole, train(run, tmp_path / "parts", device="cpu", resume=True))
+    assert read_run(whole / "run.yaml")["compile"] is True
+
+
+def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
+    monkeypatch.setattr("codistill.build.compile_layers", None)  # or it would be called
+    run = small_run("standalone:tiny", text, "compile=true", "steps=2")
+    out = train(run, tmp_path / "run", device="cpu")
+    assert "going on without compiling, as this machine cannot: " in capsys.readouterr().err
+    assert read_run(out / "run.yaml")["compile"] is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library's allocator is told on Linux only")
+def test_memory_that_a_step_frees_is_there_for_the_next():
+    program = """
+import resource, sys, torch
+from codistill.machine import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for turn in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**20) for _ in range(16)]  # 4 MiB each, 1024 pages
+    del tensors
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+    faults = {
+        how: int(
+            subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout
+        )
+        for how in ("keep", "leave")
+    }
+    assert faults["leave"] > 1000
+    assert faults["keep"] < faults["leave"] / 4
