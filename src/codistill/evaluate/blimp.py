@@ -5,6 +5,7 @@ Shape suffixes: S sentences, T position, N scored tokens, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,10 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from codistill.data.tokenizers import Vocabulary, encoder_of
 from codistill.errors import UserError
+from codistill.evaluate.spread import spread
 from codistill.members import Predictor
 
 COLUMNS = ("UID", "field", "sentence_good", "sentence_bad")
-_TOKENS_AT_ONCE = 16384
+_TOKENS_AT_ONCE = 4096
 _ROWS_AT_ONCE = 256  # bounds the logits held at once; has no influence on a row
 
 
@@ -37,7 +39,7 @@ class Pairs:
 
 
 def read_pairs(data: Path | None, limit: int | None = None) -> Pairs:
-    """The pairs in DATA/blimp/*.parquet, the first `limit` of each paradigm; raises UserError naming what is missing."""
+    """The pairs in DATA/blimp/*.parquet, the first `limit` of each paradigm; UserError naming what is missing."""
     from pyarrow import ArrowException, parquet
 
     files = sorted((data / "blimp").glob("*.parquet")) if data else []
@@ -96,7 +98,6 @@ def encode_sentences(
     return Sentences(ids, 1, -len(ends), cut)
 
 
-@torch.inference_mode()
 def likelihoods(
     predictor: Predictor,
     sentences: Sentences,
@@ -112,17 +113,31 @@ def likelihoods(
     one length go together, so that nothing is padded.
     """
     unique, inverse_S = _distinct(sentences.ids)
+    score = partial(_score_rows, predictor, unique, sentences, mask, precision)
     found_S = np.zeros(len(unique))
-    for rows in _by_length(unique, masked=mask is not None):
-        ids_ST = torch.from_numpy(np.stack([unique[row] for row in rows])).to(predictor.output_weight.device)
-        last = ids_ST.shape[1] + sentences.last
-        inputs, rows_N, labels_N = (_masked if mask is not None else _shifted)(ids_ST, sentences.first, last, mask)
-        with torch.autocast(ids_ST.device.type, precision, enabled=precision != torch.float32):
-            features_ND = predictor({"input_ids": inputs}, rows_N)
-        log_p_N = _log_probabilities(predictor, features_ND, labels_N)
-        found_S[rows] = log_p_N.double().view(len(rows), -1).sum(1).cpu().numpy()
+    batches = list(_by_length(unique, masked=mask is not None))
+    for rows, scores in zip(batches, spread(score, batches, predictor.output_weight.device), strict=True):
+        found_S[rows] = scores
         advance(len(rows))
     return found_S[inverse_S]
+
+
+def _score_rows(
+    predictor: Predictor,
+    ids: Sequence[np.ndarray],
+    sentences: Sentences,
+    mask: int | None,
+    precision: torch.dtype,
+    rows: np.ndarray,
+) -> np.ndarray:
+    """Likelihoods of sentences of one length."""
+    ids_ST = torch.from_numpy(np.stack([ids[row] for row in rows])).to(predictor.output_weight.device)
+    last = ids_ST.shape[1] + sentences.last
+    inputs, rows_N, labels_N = (_masked if mask is not None else _shifted)(ids_ST, sentences.first, last, mask)
+    with torch.autocast(ids_ST.device.type, precision, enabled=precision != torch.float32):
+        features_ND = predictor({"input_ids": inputs}, rows_N)
+    log_p_N = _log_probabilities(predictor, features_ND, labels_N)
+    return log_p_N.double().view(len(rows), -1).sum(1).cpu().numpy()
 
 
 def _masked(ids_ST: Tensor, first: int, last: int, mask: int | None) -> tuple[Tensor, Tensor, Tensor]:

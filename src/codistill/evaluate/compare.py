@@ -71,7 +71,7 @@ def paired(reference: Sequence[Cell], other: Sequence[Cell]) -> dict[str, Any]:
 
 
 def agreement(reference: Sequence[Cell], other: Sequence[Cell]) -> float | None:
-    """Share of examples for which both predict the same, mean over seeds; the correlation where they predict numbers."""
+    """Share of examples for which both predict the same, mean over seeds; for numbers their correlation."""
     pairs = _pairs(reference, other)
     found = [_agreement(a, b) for a, b in pairs if a.predictions and len(a.predictions) == len(b.predictions)]
     return float(np.mean(found)) if found else None

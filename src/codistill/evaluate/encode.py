@@ -15,7 +15,7 @@ from codistill.errors import UserError
 from codistill.objectives import Batch
 from codistill.seeds import seed_of
 
-_TOKENS_AT_ONCE = 8192  # of a batch that is only predicted
+_TOKENS_AT_ONCE = 4096  # of a batch that is only predicted
 _BATCHES_IN_A_POOL = 64  # of an epoch's shuffled examples, so many batches are sorted by length among themselves
 
 

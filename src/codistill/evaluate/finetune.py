@@ -6,6 +6,7 @@ Shape suffixes: N examples, C classes.
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import NamedTuple, cast
 
@@ -21,6 +22,7 @@ from codistill.cohort import Cohort, Distillation, Member
 from codistill.evaluate.encode import Encoded, batch_of, prediction_order, training_order
 from codistill.evaluate.protocol import RATE_TIMES_WIDTH_SQUARED, Protocol
 from codistill.evaluate.sequences import SequencePredictor
+from codistill.evaluate.spread import spread
 from codistill.families import FAMILIES
 from codistill.members import Predictor
 from codistill.seeds import seed_of
@@ -98,20 +100,18 @@ def num_steps(examples: int, protocol: Protocol) -> int:
     return min(steps, protocol.max_steps or steps)
 
 
-@torch.inference_mode()
 def predict(predictor: SequencePredictor, encoded: Encoded, precision: torch.dtype) -> np.ndarray:
     """(N, C) float32 outputs in the order of the examples, without dropout."""
     device = predictor.output_weight.device
     was_training = predictor.training
     predictor.eval()
-    output_NC = torch.empty(len(encoded), predictor.vocabulary)
-    for rows in prediction_order(encoded.length_N):
-        batch = to_device(batch_of(encoded, rows, None), device)
-        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            features = predictor(batch.inputs, batch.rows_N)
-        output_NC[torch.from_numpy(rows)] = _outputs(predictor, features).cpu()
+    output_NC = np.empty((len(encoded), predictor.vocabulary), dtype=np.float32)
+    batches = list(prediction_order(encoded.length_N))
+    outputs = spread(partial(_outputs, predictor, encoded, precision), batches, device)
+    for rows, found in zip(batches, outputs, strict=True):
+        output_NC[rows] = found
     predictor.train(was_training)
-    return output_NC.numpy()
+    return output_NC
 
 
 def predictions(output_NC: np.ndarray) -> np.ndarray:
@@ -139,8 +139,12 @@ class Best:
             predictor.load_state_dict(self.states[name])
 
 
-def _outputs(predictor: SequencePredictor, features_ND: Tensor) -> Tensor:
-    return functional.linear(features_ND.float(), predictor.output_weight, predictor.output_bias)
+def _outputs(predictor: SequencePredictor, encoded: Encoded, precision: torch.dtype, rows: np.ndarray) -> np.ndarray:
+    device = predictor.output_weight.device
+    batch = to_device(batch_of(encoded, rows, None), device)
+    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        features_ND = predictor(batch.inputs, batch.rows_N)
+    return functional.linear(features_ND.float(), predictor.output_weight, predictor.output_bias).cpu().numpy()
 
 
 def _predictor(model: PreTrainedModel, outputs: int, protocol: Protocol, seed: int) -> SequencePredictor:

@@ -123,7 +123,7 @@ class _Work:
         )
 
     def rates(self, store: Store, choice: str) -> dict[str, float]:
-        """Each member's learning rate: the default, the given one, or what scores best on a slice of the training set."""
+        """Each member's learning rate: the default, the given one, or the best on a slice of the training set."""
         given = self.protocol.learning_rates
         if len(given) <= 1:
             return {n: given[0] if given else learning_rate(s.model) for n, s in self.group.subjects.items()}

@@ -1,7 +1,8 @@
 """The metrics of GLUE: of predictions and labels, plain numpy.
 
 Equal to scikit-learn's and scipy's, degenerate cases included: Matthews and F1 are 0 where nothing of a class was
-predicted, correlations are NaN where one side is constant. Shape suffixes: N examples, K classes, G groups of equal values.
+predicted, correlations are NaN where one side is constant.
+Shape suffixes: N examples, K classes, G groups of equal values.
 """
 
 import math
