@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from codistill.evaluate.finetune import (
 from codistill.evaluate.jobs import Content, Job, Progress
 from codistill.evaluate.protocol import Protocol
 from codistill.evaluate.results import Cell, Store, key_of
+from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.subjects import Subject
 from codistill.evaluate.tasks import GLUE, OFFICIAL_ROWS, Examples, read_split
 from codistill.seeds import seed_of
@@ -83,8 +84,10 @@ def read_task(data: Path | None, name: str) -> TaskData:
     return TaskData(name, train, {split: examples for split, examples in found.items() if examples is not None})
 
 
-def glue_job(group: Group, data: TaskData, protocol: Protocol, seed: int, precision: torch.dtype, store: Store) -> Job:
-    """The cells of every reported member of `group`, from one fine-tuning."""
+def glue_jobs(
+    group: Group, data: TaskData, protocol: Protocol, seeds: int, precision: torch.dtype, store: Store
+) -> list[Job]:
+    """A job a seed: one fine-tuning, with the cells of every reported member of `group`."""
     _check_tokenizers(group)
     contents = {name: subject.content for name, subject in group.subjects.items()}
     about = {
@@ -95,65 +98,85 @@ def glue_job(group: Group, data: TaskData, protocol: Protocol, seed: int, precis
         "precision": str(precision),
         "device": next(iter(group.subjects.values())).model.device.type,
     }
-    keys = [key_of(**about, model=contents[name], seed=seed) for name in group.reported]
     choice = key_of(**about, models=sorted(contents.values()), chosen="learning rate")
-    cells = [Cell(shown, f"glue/{data.name}", seed) for shown in group.reported.values()]
-    cost = num_steps(len(data.train), protocol) * protocol.batch * len(group.subjects)
-
-    def compute(progress: Progress) -> list[Content]:
-        work = _Work(group, data, protocol, precision, progress)
-        rates = work.rates(store, choice)
-        return work.cells(rates, seed)
-
-    return Job(cells, keys, cost, compute)
+    work = _Work(group, data, protocol, precision)
+    jobs = []
+    for seed in range(seeds):
+        cells = [Cell(shown, f"glue/{data.name}", seed) for shown in group.reported.values()]
+        keys = [key_of(**about, model=contents[name], seed=seed) for name in group.reported]
+        cost = num_steps(len(data.train), protocol) * protocol.batch * len(group.subjects)
+        jobs.append(Job(cells, keys, cost, partial(work.cells, store, choice, seed)))
+    return jobs
 
 
 class _Work:
-    """One fine-tuning, from texts to scores."""
+    """The fine-tunings of a group on a task, from texts to scores; texts are encoded once, when they are needed."""
 
-    def __init__(self, group: Group, data: TaskData, protocol: Protocol, precision: torch.dtype, progress: Progress):
+    def __init__(self, group: Group, data: TaskData, protocol: Protocol, precision: torch.dtype):
         self.group, self.data, self.protocol, self.precision = group, data, protocol, precision
         self.task = GLUE[data.name]
-        self.train_encoded = self._encoded(data.train)
-        assert data.train.label_N is not None
-        self.train = Labelled(self.train_encoded, data.train.label_N)
-        models = {name: subject.model for name, subject in group.subjects.items()}
-        self.tune = partial(
-            fine_tune, models, outputs=self.task.outputs, precision=precision, edges=group.edges, advance=progress
-        )
 
-    def rates(self, store: Store, choice: str) -> dict[str, float]:
+    def cells(self, store: Store, choice: str, seed: int, progress: Progress) -> list[Content]:
+        """What each reported member scores with this seed."""
+        rates = self._rates(store, choice, progress)
+        rest, held = self._slices() if self.protocol.checkpoint == "best" else (self.train, None)
+        best = Best(lambda predictor: self._score(predictor, held)) if held else None
+        tuned = self._tune(rest, rates, seed, progress, best)
+        if best:
+            best.restore(tuned)
+        found = {
+            name: {split: predict(tuned[name], encoded, self.precision) for split, encoded in self.encoded.items()}
+            for name in self.group.reported
+        }
+        return [self._content(found[name], rates[name]) for name in found]
+
+    @cached_property
+    def train(self) -> Labelled:
+        assert self.data.train.label_N is not None
+        return Labelled(self._encode(self.data.train), self.data.train.label_N)
+
+    @cached_property
+    def encoded(self) -> dict[str, Encoded]:
+        """Of each split that is predicted."""
+        return {split: self._encode(examples) for split, examples in self.data.predicted.items()}
+
+    def _rates(self, store: Store, choice: str, progress: Progress) -> dict[str, float]:
         """Each member's learning rate: the default, the given one, or the best on a slice of the training set."""
         given = self.protocol.learning_rates
         if len(given) <= 1:
             return {n: given[0] if given else learning_rate(s.model) for n, s in self.group.subjects.items()}
         known = store.get(choice) or {}
         if set(known) != set(self.group.subjects):
-            known = self._chosen(given)
+            known = self._chosen(given, progress)
             store.put(choice, known)
         return known
 
-    def _chosen(self, given: Sequence[float]) -> dict[str, float]:
+    def _chosen(self, given: Sequence[float], progress: Progress) -> dict[str, float]:
         rest, held = self._slices()
         scores: dict[str, list[float]] = {name: [] for name in self.group.subjects}
         for rate in given:
-            tuned = self.tune(train=rest, protocol=self.protocol, rates=dict.fromkeys(scores, rate), seed=0)
+            tuned = self._tune(rest, dict.fromkeys(scores, rate), 0, progress)
             for name, predictor in tuned.items():
                 scores[name].append(self._score(predictor, held))
         return {name: given[int(np.argmax(np.nan_to_num(found, nan=-np.inf)))] for name, found in scores.items()}
 
-    def cells(self, rates: dict[str, float], seed: int) -> list[Content]:
-        rest, held = self._slices() if self.protocol.checkpoint == "best" else (self.train, None)
-        best = Best(lambda predictor: self._score(predictor, held)) if held else None
-        tuned = self.tune(train=rest, protocol=self.protocol, rates=rates, seed=seed, after_epoch=best)
-        if best:
-            best.restore(tuned)
-        encoded = {split: self._encoded(examples) for split, examples in self.data.predicted.items()}
-        found = {n: {s: predict(tuned[n], e, self.precision) for s, e in encoded.items()} for n in self.group.reported}
-        cut = {split: one.num_truncated for split, one in {"train": self.train_encoded, **encoded}.items()}
-        return [self._content(found[name], rates[name], cut) for name in found]
+    def _tune(
+        self, train: Labelled, rates: dict[str, float], seed: int, progress: Progress, after_epoch: Best | None = None
+    ) -> dict[str, SequencePredictor]:
+        return fine_tune(
+            {name: subject.model for name, subject in self.group.subjects.items()},
+            train,
+            self.task.outputs,
+            self.protocol,
+            rates,
+            seed=seed,
+            precision=self.precision,
+            edges=self.group.edges,
+            advance=lambda examples: progress(examples * len(self.group.subjects)),
+            after_epoch=after_epoch,
+        )
 
-    def _content(self, outputs: Mapping[str, np.ndarray], rate: float, cut: Mapping[str, int]) -> Content:
+    def _content(self, outputs: Mapping[str, np.ndarray], rate: float) -> Content:
         first = self.task.splits[0]
         predicted = {split: predictions(output_NC) for split, output_NC in outputs.items()}
         labels = {s: part.label_N for s, part in self.data.predicted.items() if part.label_N is not None}
@@ -172,12 +195,12 @@ class _Work:
                 "learning_rate": rate,
                 "steps": num_steps(len(self.train.encoded), self.protocol),
                 "examples": {"train": len(self.data.train), **{s: len(p) for s, p in predicted.items()}},
-                "truncated": dict(cut),
+                "truncated": {s: one.num_truncated for s, one in {"train": self.train.encoded, **self.encoded}.items()},
                 "partial": self.data.partial,
             },
         }
 
-    def _encoded(self, examples: Examples) -> Encoded:
+    def _encode(self, examples: Examples) -> Encoded:
         subjects = list(self.group.subjects.values())
         longest = min(self.protocol.max_length, *(subject.positions for subject in subjects))
         types = any(subject.has_types for subject in subjects)

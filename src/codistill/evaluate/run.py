@@ -14,7 +14,7 @@ from codistill.errors import UserError
 from codistill.evaluate.blimp import read_pairs
 from codistill.evaluate.compare import comparisons
 from codistill.evaluate.finetune import Teaching
-from codistill.evaluate.glue import Group, glue_job, read_task
+from codistill.evaluate.glue import Group, glue_jobs, read_task
 from codistill.evaluate.jobs import Job
 from codistill.evaluate.protocol import Protocol
 from codistill.evaluate.requests import parse_edges, parse_tasks
@@ -107,7 +107,7 @@ class _Plan:
         for names, among in [*(([name], []) for name in self.paths), *_components(edges)]:
             try:
                 group = Group({name: self._subject(name) for name in names}, among)
-                jobs += [glue_job(group, data, self.protocol, s, self.precision, self.store) for s in range(seeds)]
+                jobs += glue_jobs(group, data, self.protocol, seeds, self.precision, self.store)
             except UserError as error:
                 self.failed.append(Cell(" and ".join(names), task, None, failed=str(error)))
         return jobs
