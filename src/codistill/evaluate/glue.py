@@ -128,7 +128,8 @@ class _Work:
             name: {split: predict(tuned[name], encoded, self.precision) for split, encoded in self.encoded.items()}
             for name in self.group.reported
         }
-        return [self._content(found[name], rates[name]) for name in found]
+        steps = num_steps(len(rest.encoded), self.protocol)
+        return [self._content(found[name], rates[name], steps) for name in found]
 
     @cached_property
     def train(self) -> Labelled:
@@ -176,7 +177,7 @@ class _Work:
             after_epoch=after_epoch,
         )
 
-    def _content(self, outputs: Mapping[str, np.ndarray], rate: float) -> Content:
+    def _content(self, outputs: Mapping[str, np.ndarray], rate: float, steps: int) -> Content:
         first = self.task.splits[0]
         predicted = {split: predictions(output_NC) for split, output_NC in outputs.items()}
         labels = {s: part.label_N for s, part in self.data.predicted.items() if part.label_N is not None}
@@ -193,7 +194,7 @@ class _Work:
             "others": {split: found.tolist() for split, found in predicted.items() if split != first},
             "counted": {
                 "learning_rate": rate,
-                "steps": num_steps(len(self.train.encoded), self.protocol),
+                "steps": steps,
                 "examples": {"train": len(self.data.train), **{s: len(p) for s, p in predicted.items()}},
                 "truncated": {s: one.num_truncated for s, one in {"train": self.train.encoded, **self.encoded}.items()},
                 "partial": self.data.partial,

@@ -74,7 +74,7 @@ class _Plan:
         self.paths, self.data, self.protocol, self.device, self.store = paths, data, protocol, device, store
         self.precision: torch.dtype = getattr(torch, best_precision(device))
         self.failed: list[Cell] = []
-        self._loaded: dict[str, Subject | UserError] = {}
+        self._loaded: dict[tuple[str, bool], Subject | UserError] = {}
 
     def jobs(
         self, task: str, seeds: int, edges: Sequence[Teaching], text: Sequence[str], limit: int | None
@@ -106,22 +106,35 @@ class _Plan:
         jobs = []
         for names, among in [*(([name], []) for name in self.paths), *_components(edges)]:
             try:
-                group = Group({name: self._subject(name) for name in names}, among)
+                group = Group({name: self._subject(name, needs_head=False) for name in names}, among)
                 jobs += glue_jobs(group, data, self.protocol, seeds, self.precision, self.store)
             except UserError as error:
                 self.failed.append(Cell(" and ".join(names), task, None, failed=str(error)))
         return jobs
 
-    def _subject(self, name: str) -> Subject:
-        if name not in self._loaded:
-            try:
-                self._loaded[name] = load_subject(name, self.paths[name], self.device)
-            except UserError as error:
-                self._loaded[name] = error
-        found = self._loaded[name]
+    def _subject(self, name: str, needs_head: bool = True) -> Subject:
+        """The model, loaded once; one that lacks its head is loaded without it for a task that needs none."""
+        found = self._load(name, True)
+        if isinstance(found, UserError) and not needs_head:
+            found = self._load(name, False)
         if isinstance(found, UserError):
             raise found
         return found
+
+    def _load(self, name: str, needs_head: bool) -> Subject | UserError:
+        if (name, needs_head) not in self._loaded:
+            try:
+                found = load_subject(name, self.paths[name], self.device, needs_head=needs_head)
+            except UserError as error:
+                self._loaded[name, needs_head] = error
+            else:
+                self._loaded[name, needs_head] = found
+        return self._loaded[name, needs_head]
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """All that were loaded."""
+        return [found for found in self._loaded.values() if isinstance(found, Subject)]
 
 
 def _components(edges: Sequence[Teaching]) -> list[tuple[list[str], list[Teaching]]]:
@@ -182,9 +195,7 @@ def _results(
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("codistill", "torch", "transformers", "tokenizers")},
         "models": {
-            name: {"parameters": found.model.num_parameters(), "content": found.content}
-            for name, found in plan._loaded.items()
-            if isinstance(found, Subject)
+            one.name: {"parameters": one.model.num_parameters(), "content": one.content} for one in plan.subjects
         },
         "cells": [{name: getattr(cell, name) for name in shown} for cell in cells],
         "comparisons": comparisons(cells),

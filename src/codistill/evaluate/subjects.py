@@ -1,7 +1,6 @@
 """The models under evaluation: found by name, loaded once, known by their content."""
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,9 +59,12 @@ def find_models(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def load_subject(name: str, path: str, device: torch.device) -> Subject:
-    """The model at `path` with its tokenizer; UserError when one of them is missing or they do not fit together."""
-    model = load_model(path, "models")
+def load_subject(name: str, path: str, device: torch.device, *, needs_head: bool = True) -> Subject:
+    """The model at `path` with its tokenizer; UserError when one of them is missing or they do not fit together.
+
+    Without `needs_head` a model without its language-model head will do, which is enough to fine-tune it.
+    """
+    model = load_model(path, "models", needs_head=needs_head)
     tokenizer = load_own_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"models: {path} has no tokenizer beside it; save the one it was trained with there")
@@ -75,7 +77,8 @@ def load_subject(name: str, path: str, device: torch.device) -> Subject:
         # PyTorch's fused attention works on blocks that are longer than these texts: measured 1.5 times slower.
         model.set_attn_implementation("eager")
     cast(nn.Module, model).to(device).eval()
-    return Subject(name, model, tokenizer, _content(model, tokenizer))
+    known = model if needs_head else model.get_submodule(FAMILIES[model.config.model_type].backbone)
+    return Subject(name, model, tokenizer, _content(known, model.config.to_json_string(), tokenizer))
 
 
 def _members(name: str) -> list[tuple[str, str]]:
@@ -95,10 +98,10 @@ def _short(folder: Path) -> str:
     return f"{folder.parents[1].name}/{folder.name}" if is_member else folder.name
 
 
-def _content(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> str:
-    digest = hashlib.sha256(f"{model.config.to_json_string()}{tokenizer_hash(tokenizer)}".encode())
+def _content(model: nn.Module, config: str, tokenizer: PreTrainedTokenizerFast) -> str:
+    digest = hashlib.sha256(f"{config}{tokenizer_hash(tokenizer)}".encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    digest.update(json.dumps(tokenizer.backend_tokenizer.to_str()).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     return digest.hexdigest()[:32]
