@@ -46,6 +46,13 @@ def labelled(name: str, count: int, seed: int) -> dict[str, list]:
     return {**columns, "label": label.tolist() if task.classes else [float(y) for y in label]}
 
 
+def pairs(count: int, **change) -> dict[str, list]:
+    """Columns of BLiMP: three paradigms in turn."""
+    names = [f"paradigm {i % 3}" for i in range(count)]
+    columns = {"UID": names, "field": ["syntax" if name != "paradigm 0" else "semantics" for name in names]}
+    return columns | {"sentence_good": sentences(count, 1), "sentence_bad": sentences(count, 2)} | change
+
+
 def write(file: Path, columns: Mapping[str, Sequence]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.table(dict(columns)), file)

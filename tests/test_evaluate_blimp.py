@@ -11,7 +11,7 @@ from codistill.evaluate.blimp import encode_sentences, likelihoods, read_pairs, 
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.subjects import load_subject
 from codistill.evaluate.zero_shot import find_text
-from evaluations import QUICK, model_folder, sentences, write
+from evaluations import QUICK, model_folder, pairs, sentences, write
 
 CPU = torch.device("cpu")
 
@@ -25,12 +25,6 @@ def subject(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("models") / "one")
-
-
-def pairs(count: int, **change) -> dict[str, list]:
-    names = [f"paradigm {i % 3}" for i in range(count)]
-    columns = {"UID": names, "field": ["syntax" if name != "paradigm 0" else "semantics" for name in names]}
-    return columns | {"sentence_good": sentences(count, 1), "sentence_bad": sentences(count, 2)} | change
 
 
 def test_pseudo_log_likelihoods(subject):

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from codistill.errors import UserError
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.subjects import find_models, load_subject
 from codistill.train import train
-from evaluations import QUICK, glue_folder, model_folder
+from evaluations import QUICK, glue_folder, model_folder, pairs, write
 from runs import small_run
 
 SOURCE = str(Path(__file__).parents[1] / "src")
@@ -103,6 +104,19 @@ def test_a_folder_with_something_else_is_not_touched(folder, data, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="holds something else than an evaluation"):
         evaluate([str(folder)], ["glue/wnli"], tmp_path, data=data)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "bert"])
+def test_every_kind_of_family(text, data, tmp_path, family):
+    other = model_folder(tmp_path / family, family=family)
+    write(tmp_path / "blimp/test.parquet", pairs(9))
+    zero_shot = {"data": tmp_path, "text": [str(text)], "protocol": QUICK}
+    results = evaluate([str(other)], ["mlm", "blimp"], tmp_path / "out", **zero_shot)
+    assert not any(cell["failed"] for cell in results["cells"])
+    method = results["cells"][1]["counted"]["method"]
+    assert method == ("pseudo-log-likelihood" if family == "bert" else "log-likelihood")
+    tuned = evaluate([str(other)], ["glue/wnli"], tmp_path / "tuned", data=data, protocol=replace(QUICK, epochs=8))
+    assert tuned["cells"][0]["score"] > 0.8
 
 
 # ---- models ------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The evaluation of models: what is asked for, what of it is known already, and the rest computed cell by cell."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -59,7 +60,9 @@ def evaluate(
     plan = _Plan(paths, data, protocol or Protocol(), place, Store(out))
     jobs = [job for task in known for job in plan.jobs(task, seeds, edges, text, limit)]
     failed = plan.failed + [Cell(name, task, None, failed=why) for task, why in unknown.items() for name in paths]
-    _compute(jobs, plan.store, failed, advance)
+    for cell in failed:  # at once, for a mistyped task is better mended now than after the others
+        print(f"failed: {cell.task} of {cell.model}: {cell.failed}", file=sys.stderr)
+    _compute(jobs, plan.store, advance)
     cells = [_restored(cell, plan.store, key) for job in jobs for cell, key in zip(job.cells, job.keys, strict=True)]
     found = _results([*cells, *failed], plan, known, seeds, edges)
     write_file(out / "results.json", to_json(found, indent=1) + "\n")
@@ -149,7 +152,7 @@ def _components(edges: Sequence[Teaching]) -> list[tuple[list[str], list[Teachin
     return found
 
 
-def _compute(jobs: Sequence[Job], store: Store, failed: list[Cell], advance: Advance) -> None:
+def _compute(jobs: Sequence[Job], store: Store, advance: Advance) -> None:
     """Computes what `store` does not know. A cell is kept as soon as it is there, so an interruption loses one job."""
     waiting = [job for job in jobs if any(store.get(key) is None for key in job.keys)]
     total, done = sum(job.cost for job in waiting), 0

@@ -23,7 +23,8 @@ class SequencePredictor(nn.Module):
 
     def __init__(self, model: PreTrainedModel, outputs: int, *, pooling: str, dropout: float, seed: int):
         super().__init__()
-        self.backbone = deepcopy(model.get_submodule(FAMILIES[model.config.model_type].backbone))
+        family = FAMILIES[model.config.model_type]
+        self.backbone = deepcopy(model.get_submodule(family.backbone))
         width = model.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -33,12 +34,13 @@ class SequencePredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.head = nn.Sequential(nn.Dropout(dropout), dense, nn.Tanh(), nn.Dropout(dropout))
         self.pooling, self.vocabulary = pooling, outputs
+        self._options = {"use_cache": False} if family.objective == "clm" else {}
         self._has_types = getattr(model.config, "type_vocab_size", 1) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         # A cohort's members may be of different families, and not all are told which of two texts a token is of.
         wanted = {name: tensor for name, tensor in inputs.items() if self._has_types or name != "token_type_ids"}
-        hidden_BTD = self.backbone(**wanted).last_hidden_state
+        hidden_BTD = self.backbone(**wanted, **self._options).last_hidden_state
         pooled_BD = _pooled(hidden_BTD, inputs.get("attention_mask"), self.pooling)
         return self.head(pooled_BD.index_select(0, rows_N))
 

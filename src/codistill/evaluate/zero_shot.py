@@ -107,7 +107,7 @@ def _score_text(subject: Subject, source: str, length: int, protocol: Protocol, 
 
 def _objective(subject: Subject, protocol: Protocol) -> Any:
     if subject.is_causal:
-        return getattr(objectives, "CausalLM")()  # noqa: B009
+        return objectives.CausalLM()
     return objectives.MaskedLM(protocol.mask_rate)
 
 
