@@ -54,6 +54,10 @@ def test_all_members_of_a_run_side_by_side(run, data, text, tmp_path, capsys):
         assert part in printed
     results = json.loads((out / "results.json").read_text())
     assert len(results["cells"]) == 2 + 2 * 2 * 2
+    assert len(list((out / "cells").iterdir())) == len(results["cells"])
+    for model in ("pair/large", "pair/small"):
+        scores = [c["score"] for c in results["cells"] if (c["model"], c["task"]) == (model, "glue/sst2")]
+        assert results["comparisons"]["tasks"]["glue/sst2"][model]["mean"] == pytest.approx(sum(scores) / 2)
     assert results["protocol"]["epochs"] == 1
     assert results["comparisons"]["averages"]["pair/small"]["with_wnli"]["of"] == ["sst2", "wnli"]
     assert "partial: glue/wnli (train 64 of 635, dev 32 of 71 examples)" in printed

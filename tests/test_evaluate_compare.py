@@ -93,6 +93,12 @@ def test_agreement():
     assert agreement(numbers[:1], numbers[1:]) == pytest.approx(-1)
 
 
+def test_every_model_has_its_own_mean():
+    found = comparisons([cell(score=0.4), cell("two", score=0.8), cell("two", "glue/cola", score=0.1)])["tasks"]
+    assert {m: s["mean"] for m, s in found["glue/rte"].items()} == {"one": 0.4, "two": 0.8}
+    assert {m: s["mean"] for m, s in found["glue/cola"].items()} == {"two": 0.1}
+
+
 def test_failed_seeds_do_not_count_as_scores():
     found = comparisons([cell(score=0.4), Cell("one", "glue/rte", 1, failed="no memory")])["tasks"]["glue/rte"]["one"]
     assert (found["mean"], found["seeds"], found["failed"]) == (0.4, 1, ["no memory"])
