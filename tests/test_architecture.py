@@ -20,7 +20,7 @@ FLOORS = [
     {"build"},
     {"run_folder", "metrics"},
     {"train"},
-    {"report", "bench"},
+    {"report", "bench", "evaluate"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

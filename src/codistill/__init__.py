@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from codistill.cohort import Cohort, Distillation, Member
     from codistill.config import Run
+    from codistill.evaluate.run import evaluate
     from codistill.kernels import Edge, linear_cohort_loss
     from codistill.loading import load as load_run
     from codistill.members import Predictor
@@ -25,6 +26,7 @@ _HOME = {
     "Member": ("cohort", "Member"),
     "Predictor": ("members", "Predictor"),
     "Run": ("config", "Run"),
+    "evaluate": ("evaluate.run", "evaluate"),
     "find_recipe": ("recipes", "find"),
     "linear_cohort_loss": ("kernels", "linear_cohort_loss"),
     "load_run": ("loading", "load"),
@@ -40,6 +42,7 @@ __all__ = [
     "Member",
     "Predictor",
     "Run",
+    "evaluate",
     "find_recipe",
     "linear_cohort_loss",
     "load_run",
@@ -52,4 +55,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'codistill' has no attribute {name!r}")
     module, attribute = _HOME[name]
-    return getattr(import_module(f"codistill.{module}"), attribute)
+    # Kept, or a module of the same name that was imported on the way would be found here the next time.
+    globals()[name] = found = getattr(import_module(f"codistill.{module}"), attribute)
+    return found

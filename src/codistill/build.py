@@ -1,7 +1,7 @@
 """From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from codistill import schedules
 from codistill.cohort import Cohort, Distillation, Member
-from codistill.config import MemberConfig, Run
+from codistill.config import Run
 from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
@@ -102,9 +102,12 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
-    """`run.precision` with `auto` resolved to what `device` is good at: bfloat16 where it has instructions for it."""
-    if run.precision != "auto":
-        return run.precision
+    """`run.precision` with `auto` resolved to what `device` is good at."""
+    return best_precision(device) if run.precision == "auto" else run.precision
+
+
+def best_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What `device` is good at: bfloat16 where it has instructions for it."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
@@ -223,7 +226,7 @@ def _member(run: Run, name: str, predictor: Predictor) -> Member:
     return Member(
         name,
         predictor,
-        None if config.frozen else _optimizer(predictor, config),
+        None if config.frozen else adamw(predictor, config.weight_decay, config.betas, config.eps),
         lr=schedules.build(config.lr, run.steps),
         hard_weight=schedules.build(config.hard_weight, run.steps),
         clip=config.clip,
@@ -231,14 +234,14 @@ def _member(run: Run, name: str, predictor: Predictor) -> Member:
     )
 
 
-def _optimizer(predictor: Predictor, config: MemberConfig) -> Optimizer:
+def adamw(module: nn.Module, weight_decay: float, betas: Sequence[float], eps: float) -> Optimizer:
     """AdamW without decay on norms and biases, which are the tensors of one dimension."""
-    parameters = list(predictor.parameters())
+    parameters = list(module.parameters())
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)
+    return AdamW(groups, lr=0.0, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 # ---- checks ------------------------------------------------------------------------------------

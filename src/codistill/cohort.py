@@ -12,13 +12,14 @@ D width of a member, M trained members.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from codistill.distributed import ALONE, Ranks
-from codistill.kernels import CohortLoss, Edge, linear_cohort_loss
+from codistill.kernels import CohortLoss, Edge, linear_cohort_loss, linear_cohort_regression
 from codistill.members import Predictor
 from codistill.objectives import Batch
 from codistill.schedules import Schedule, constant
@@ -138,8 +139,10 @@ class Cohort:
         self, features: Mapping[str, Tensor], batch: Batch, step: int, edges: Sequence[Edge], denominator: Tensor
     ) -> CohortLoss:
         members = [self.members[name] for name in features]
+        is_regression = batch.labels_N.is_floating_point()
+        loss_of = partial(linear_cohort_loss, vocabulary=members[0].predictor.vocabulary)
         with self._autocast():
-            return linear_cohort_loss(
+            return (linear_cohort_regression if is_regression else loss_of)(
                 features,
                 {m.name: m.predictor.output_weight for m in members},
                 {m.name: m.predictor.output_bias for m in members},
@@ -148,7 +151,6 @@ class Cohort:
                 edges=edges,
                 row_weight=batch.row_weight_N,
                 denominator=denominator,
-                vocabulary=members[0].predictor.vocabulary,
             )
 
     def _backward(self, total: Tensor, *, is_last: bool) -> None:

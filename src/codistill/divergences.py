@@ -47,6 +47,11 @@ def jensen_shannon(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 
     return temperature**2 * (_kl(log_p, log_m) + _kl(log_t, log_m)) / 2
 
 
+def squared_error(student_N: Tensor, teacher_N: Tensor) -> Tensor:
+    """(student − teacher)² of every row: shape (N,). What an edge is where members predict numbers, not classes."""
+    return (student_N - teacher_N).square()
+
+
 DIVERGENCES: Mapping[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,

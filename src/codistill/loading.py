@@ -9,13 +9,15 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from codistill import schedules
 from codistill.config import ModelConfig, Run
 from codistill.errors import UserError
+
+Part = TypeVar("Part")
 
 
 class _Loader(yaml.SafeLoader):
@@ -100,6 +102,11 @@ def load(tree: Mapping[str, Any]) -> Run:
     run = _dataclass(Run, tree, "")
     _check_whole(run)
     return run
+
+
+def load_part(kind: type[Part], tree: Mapping[str, Any]) -> Part:
+    """A single dataclass of `tree`, checked field by field as in `load`."""
+    return _dataclass(kind, tree, "")
 
 
 # ---- one value of one type ---------------------------------------------------------------------

@@ -94,8 +94,11 @@ def new_model(
     return family.model(hugging_face_config)
 
 
-def load_model(path: str, field: str) -> PreTrainedModel:
-    """The masked or causal LM in a folder or of a hub name, in float32; raises UserError naming `field`."""
+def load_model(path: str, field: str, *, needs_head: bool = True) -> PreTrainedModel:
+    """The masked or causal LM in a folder or of a hub name, in float32; raises UserError naming `field`.
+
+    Without `needs_head` its LM head may be missing there, and is then random.
+    """
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{field}: {path!r} is no model folder (it has no config.json); give a folder or a hub name")
     try:
@@ -103,7 +106,7 @@ def load_model(path: str, field: str) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: {path!r} cannot be loaded: {_first_line(error)}") from None
     _check_supported(config, path, field)
-    return _load_weights(path, FAMILIES[config.model_type], field)
+    return _load_weights(path, FAMILIES[config.model_type], field, needs_head)
 
 
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
@@ -143,7 +146,7 @@ def _check_supported(config: PreTrainedConfig, path: str, field: str) -> None:
         )
 
 
-def _load_weights(path: str, family: Family, field: str) -> PreTrainedModel:
+def _load_weights(path: str, family: Family, field: str, needs_head: bool) -> PreTrainedModel:
     auto, kind = {
         "mlm": (AutoModelForMaskedLM, "masked"),
         "clm": (AutoModelForCausalLM, "causal"),
@@ -152,7 +155,8 @@ def _load_weights(path: str, family: Family, field: str) -> PreTrainedModel:
         model, report = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # safetensors and the hub have error types of their own, none of them documented
         raise UserError(f"{field}: the weights in {path!r} cannot be read: {_first_line(error)}") from None
-    missing = sorted(report["missing_keys"])
+    needed = "" if needs_head else f"{family.backbone}."
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(needed))
     if missing:
         raise UserError(
             f"{field}: {path!r} lacks {len(missing)} tensors of a {kind} LM ({', '.join(missing[:3])}…); "

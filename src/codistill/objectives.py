@@ -29,8 +29,9 @@ class Batch:
     """What one micro-step consumes.
 
     `inputs`: keyword arguments of a backbone, `input_ids` (B, T) int64 among them; `rows_N`: int64 indices into the
-    flattened (B · T) positions; `labels_N`: int64 token ids; `row_weight_N`: float32, 0 for a slot that a short
-    sequence leaves unfilled (None: all 1); `sample_ids`: which rows of the data these are, for error messages.
+    flattened (B · T) positions; `labels_N`: int64 token ids (of whole texts: classes, or float32 numbers);
+    `row_weight_N`: float32, 0 for a slot that a short sequence leaves unfilled (None: all 1); `sample_ids`: which rows
+    of the data these are, for error messages.
     """
 
     inputs: Mapping[str, Tensor]

@@ -1,0 +1,129 @@
+"""Scores that need no training: held-out text (`mlm`) and minimal pairs (`blimp`)."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from codistill import objectives
+from codistill.build import to_device
+from codistill.data.batches import held_out
+from codistill.data.prepare import cached
+from codistill.data.sources import find_sources, fingerprint
+from codistill.errors import UserError
+from codistill.evaluate.blimp import Pairs, encode_sentences, likelihoods, score_pairs
+from codistill.evaluate.jobs import Content, Job, Progress
+from codistill.evaluate.protocol import Protocol
+from codistill.evaluate.results import Cell, key_of
+from codistill.evaluate.subjects import Subject
+from codistill.scores import Score
+from codistill.scores import held_out as score_batches
+
+_SEQUENCES_AT_ONCE = 64
+_TEXT_COST = 2000  # of a source of text, in examples: for the time left, and nothing else
+
+
+def find_text(text: Sequence[str], data: Path | None) -> list[str]:
+    """The named sources, or every test file of DATA/text; UserError when there are none."""
+    found = list(text) or [str(file) for file in sorted((data / "text").rglob("test*.parquet"))] if data else list(text)
+    if not found:
+        raise UserError(
+            "mlm: no held-out text; name some with --text, or give a --data folder with text/*/test.parquet"
+        )
+    return found
+
+
+def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision: torch.dtype) -> Job:
+    """Loss, perplexity and accuracy of all the text together, and the loss of each source."""
+    length = min(protocol.held_out_length, subject.positions)
+    key = key_of(
+        task="mlm",
+        model=subject.content,
+        text=[fingerprint(source) for name in text for source in find_sources([name])],
+        length=length,
+        mask_rate=protocol.mask_rate,
+        precision=str(precision),
+        device=subject.model.device.type,
+    )
+
+    def compute(progress: Progress) -> list[Content]:
+        scores = {}
+        for source in text:
+            scores[source] = _score_text(subject, source, length, protocol, precision)
+            progress(_TEXT_COST)
+        return [_summary(scores)]
+
+    return Job([Cell(subject.name, "mlm", None)], [key], _TEXT_COST * len(text), compute)
+
+
+def blimp_job(subject: Subject, pairs: Pairs, limit: int | None, protocol: Protocol, precision: torch.dtype) -> Job:
+    """The share of pairs whose good sentence is the likelier one, over all, by field and by paradigm."""
+    max_length = min(protocol.max_length, subject.positions)
+    key = key_of(
+        task="blimp",
+        model=subject.content,
+        pairs=hashlib.sha256("\n".join([*pairs.good, *pairs.bad, *pairs.paradigm]).encode()).hexdigest(),
+        max_length=max_length,
+        precision=str(precision),
+        device=subject.model.device.type,
+    )
+
+    def compute(progress: Progress) -> list[Content]:
+        sentences = encode_sentences(
+            [*pairs.good, *pairs.bad], subject.tokenizer, is_causal=subject.is_causal, max_length=max_length
+        )
+        mask = None if subject.is_causal else subject.tokenizer.mask_token_id
+        found_S = likelihoods(subject.predictor(), sentences, mask=mask, precision=precision, advance=progress)
+        good_P, bad_P = np.split(found_S, 2)
+        scores = score_pairs(pairs, good_P, bad_P)
+        return [
+            {
+                "score": scores["score"],
+                "scores": scores,
+                "predictions": (good_P > bad_P).astype(int).tolist(),
+                "labels": [1] * len(pairs),
+                "counted": {
+                    "pairs": len(pairs),
+                    "pairs_a_paradigm": limit or "all",
+                    "method": "log-likelihood" if subject.is_causal else "pseudo-log-likelihood",
+                    "truncated": sentences.num_truncated,
+                },
+            }
+        ]
+
+    return Job([Cell(subject.name, "blimp", None)], [key], 2 * len(pairs), compute)
+
+
+def _score_text(subject: Subject, source: str, length: int, protocol: Protocol, precision: torch.dtype) -> Score:
+    objective = _objective(subject, protocol)
+    corpus = cached([source], subject.tokenizer)
+    batches = held_out(corpus, objective, length=length, sequences=_SEQUENCES_AT_ONCE, seed=0)
+    device = subject.model.device
+    return score_batches(subject.predictor(), [to_device(batch, device) for batch in batches], precision)
+
+
+def _objective(subject: Subject, protocol: Protocol) -> Any:
+    if subject.is_causal:
+        return objectives.CausalLM()
+    return objectives.MaskedLM(protocol.mask_rate)
+
+
+def _summary(scores: dict[str, Score]) -> Content:
+    rows = sum(score.rows for score in scores.values())
+    loss, accuracy = (
+        sum(getattr(score, of) * score.rows for score in scores.values()) / rows for of in ("loss", "accuracy")
+    )
+    whole = Score(loss, accuracy, rows)
+    return {
+        "score": loss,
+        "scores": {"loss": loss, "perplexity": whole.perplexity, "accuracy": accuracy},
+        "counted": {"rows": rows, "loss_by_source": {_short(name): score.loss for name, score in scores.items()}},
+    }
+
+
+def _short(source: str) -> str:
+    """The last two parts of a path: enough to tell sources apart, and nothing about the machine."""
+    return "/".join(Path(source).parts[-2:])

@@ -1,0 +1,104 @@
+"""Intervals against scipy and simulation, averages and agreement against arithmetic."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from codistill.evaluate.compare import agreement, averages, comparisons, paired, t_interval, t_quantile
+from codistill.evaluate.results import Cell
+from codistill.evaluate.tasks import GLUE
+
+
+def cell(model="one", task="glue/rte", seed=0, score=0.5, **more):
+    return Cell(model, task, seed, score, **more)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 101])
+@pytest.mark.parametrize("probability", [0.6, 0.95, 0.975, 0.999])
+def test_the_quantile_of_student(freedom, probability):
+    assert t_quantile(probability, freedom) == pytest.approx(stats.t.ppf(probability, freedom), rel=1e-9)
+
+
+def test_the_interval_over_seeds_is_scipys():
+    draw = np.random.default_rng(0)
+    for count in (2, 3, 5, 10):
+        differences = draw.normal(size=count)
+        wanted = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+        assert t_interval(differences.tolist()) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
+
+
+def test_differences_are_of_the_same_seeds():
+    one = [cell(seed=s, score=v) for s, v in enumerate([0.5, 0.6, 0.7])]
+    two = [cell("two", seed=s, score=v) for s, v in [(2, 0.8), (0, 0.7), (5, 0.1)]]
+    two.append(Cell("two", "glue/rte", 1, failed="why"))
+    found = paired(one, two)
+    assert found["seeds"] == 2
+    assert found["mean"] == pytest.approx(0.15)
+    assert found["interval"] == pytest.approx(stats.ttest_1samp([0.2, 0.1], 0).confidence_interval(0.95))
+    assert not found["headline"]
+    assert paired(one[:1], two)["interval"] is None
+
+
+def test_five_seeds_may_be_a_headline():
+    one, two = ([cell(name, seed=s, score=0.1 * s) for s in range(5)] for name in ("one", "two"))
+    assert paired(one, two)["headline"]
+
+
+def test_the_bootstrap_is_over_examples():
+    """Of accuracy its interval is that of a binomial share."""
+    label = [1] * 400
+    predicted = [1] * 300 + [0] * 100
+    found = comparisons([cell(score=0.75, predictions=predicted, labels=label)])
+    low, high = found["tasks"]["glue/rte"]["one"]["examples_interval"]
+    half = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.008)
+
+
+def test_the_bootstrap_of_a_difference_is_paired():
+    """Two models that err on the same examples differ by exactly as much on every resample."""
+    draw = np.random.default_rng(0)
+    label = draw.integers(2, size=300).tolist()
+    one = [int(y) if draw.random() < 0.8 else 1 - int(y) for y in label]
+    found = paired([cell(predictions=one, labels=label)], [cell("two", predictions=one, labels=label)])
+    assert found["examples_interval"] == (0, 0)
+
+
+def test_the_averages_state_their_members():
+    means = {f"glue/{name}": {"mean": 0.1 * i} for i, name in enumerate(GLUE)}
+    found = averages(means | {"blimp": {"mean": 9.0}})
+    assert found["with_wnli"]["mean"] == pytest.approx(0.4)
+    assert found["without_wnli"]["mean"] == pytest.approx(0.35)
+    assert found["with_wnli"]["of"] == list(GLUE)
+    assert found["without_wnli"]["missing"] == []
+
+
+def test_a_missing_task_is_left_out_and_named():
+    found = averages({"glue/cola": {"mean": 0.2}, "glue/rte": {"mean": None}})["with_wnli"]
+    assert (found["mean"], found["of"]) == (0.2, ["cola"])
+    assert "rte" in found["missing"]
+
+
+def test_what_is_not_a_number_makes_the_average_none():
+    found = averages({"glue/cola": {"mean": 0.2}, "glue/stsb": {"mean": math.nan}})["with_wnli"]
+    assert math.isnan(found["mean"])
+    assert found["not_a_number"] == ["stsb"]
+
+
+def test_agreement():
+    one, two = cell(predictions=[0, 1, 1, 0]), cell("two", predictions=[0, 1, 0, 1])
+    assert agreement([one], [two]) == 0.5
+    numbers = [cell(m, "glue/stsb", predictions=p) for m, p in (("one", [1.0, 2, 3]), ("two", [3.0, 2, 1]))]
+    assert agreement(numbers[:1], numbers[1:]) == pytest.approx(-1)
+
+
+def test_every_model_has_its_own_mean():
+    found = comparisons([cell(score=0.4), cell("two", score=0.8), cell("two", "glue/cola", score=0.1)])["tasks"]
+    assert {m: s["mean"] for m, s in found["glue/rte"].items()} == {"one": 0.4, "two": 0.8}
+    assert {m: s["mean"] for m, s in found["glue/cola"].items()} == {"two": 0.1}
+
+
+def test_failed_seeds_do_not_count_as_scores():
+    found = comparisons([cell(score=0.4), Cell("one", "glue/rte", 1, failed="no memory")])["tasks"]["glue/rte"]["one"]
+    assert (found["mean"], found["seeds"], found["failed"]) == (0.4, 1, ["no memory"])
