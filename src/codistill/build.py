@@ -280,10 +280,11 @@ def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
 def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str:
     mine, theirs = one.get_vocab(), other.get_vocab()
     tokens = sorted(mine.keys() | theirs.keys(), key=lambda t: (min(mine.get(t, 1 << 40), theirs.get(t, 1 << 40)), t))
-    token = next((t for t in tokens if mine.get(t) != theirs.get(t)), None)
-    if token is None:
-        return "their rules differ"
-    return f"{token!r} is id {mine.get(token, 'none')} in the one and {theirs.get(token, 'none')} in the other"
+    differing = [token for token in tokens if mine.get(token) != theirs.get(token)]
+    first = [
+        f"{t!r} is id {mine.get(t, 'none')} in the one and {theirs.get(t, 'none')} in the other" for t in differing
+    ]
+    return f"{len(differing)} tokens differ, as {', '.join(first[:3])}"
 
 
 def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> None:
