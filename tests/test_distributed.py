@@ -55,6 +55,7 @@ def new_cohort(ranks: Ranks, kind: str = "sgd") -> Cohort:
         "clipped": {"clip": 0.1},
         "untied": {"tied": False},
         "bert": {"family": "bert"},
+        "llama": {"family": "llama"},
         "dropout": {"dropout": 0.1},
     }[kind]
     guide = placed(ranks, "guide", **settings | {"optimizer": None})
