@@ -15,11 +15,11 @@ FLOORS = [
     {"config"},
     {"loading"},
     {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance"},
-    {"members", "watch"},
+    {"members", "watch", "teacher_cache"},
     {"cohort", "scores"},
     {"build"},
     {"run_folder", "metrics"},
-    {"train"},
+    {"train", "caching"},
     {"report", "bench"},
     {"cli"},
 ]

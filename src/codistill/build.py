@@ -1,7 +1,8 @@
 """From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,6 +24,7 @@ from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.families import FAMILIES
+from codistill.kernels import SparseLogits
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
@@ -30,6 +32,7 @@ from codistill.provenance import pre_trained, provenance
 from codistill.remap import initial_state, learn_growth, read_config
 from codistill.scores import unigram_cross_entropy
 from codistill.seeds import seed_of
+from codistill.teacher_cache import TeacherCache, open_for
 
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
 
@@ -86,6 +89,8 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     )
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
+    caches = open_for(run, corpus.manifest["identity"], tokenizer_hash(tokenizer), models)
+    batches.beside = partial(_beside, caches)
     materials = {
         "batches": batches,
         "held_out": [to_device(batch, device) for batch in unseen],
@@ -117,7 +122,33 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         batch.labels_N.to(device, non_blocking=True),
         None if weight is None else weight.to(device, non_blocking=True),
         batch.sample_ids,
+        {name: _moved(cached, device) for name, cached in batch.cached.items()},
     )
+
+
+def _moved(cached: Tensor | SparseLogits, device: torch.device) -> Tensor | SparseLogits:
+    if isinstance(cached, Tensor):
+        return cached.to(device, non_blocking=True)
+    return SparseLogits(*(tensor.to(device, non_blocking=True) for tensor in cached))
+
+
+@dataclass
+class Frozen:
+    """One member of a run, and what it would be asked; `text` and `tokenizer` are their hashes."""
+
+    predictor: Predictor
+    batches: Batches
+    text: str
+    tokenizer: str
+
+
+def build_frozen(run: Run, name: str, device: torch.device) -> Frozen:
+    """The member `name` of `run` without the rest, and the run's batches; raises UserError as `build` does."""
+    data = replace(run.data, tokenizer=_tokenizer_spec(run))
+    member = replace(run.members[name], cached=None)
+    materials, predictors = _materials(replace(run, data=data, members={name: member}), device, ALONE)
+    facts = materials["provenance"]
+    return Frozen(predictors[name], materials["batches"], facts["data"]["train"]["identity"], facts["tokenizer"])
 
 
 def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str, ranks: Ranks) -> Corpus:
@@ -155,6 +186,11 @@ def _model(
         )
         _initialise(model, run, name, batches)
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
+
+
+def _beside(caches: Mapping[str, TeacherCache], first: int, batch: Batch) -> Batch:
+    found = {name: cache.read(first, batch) for name, cache in caches.items()}
+    return replace(batch, cached={name: said for name, said in found.items() if said is not None})
 
 
 def _initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) -> None:
