@@ -14,13 +14,13 @@ FLOORS = [
     {"schedules", "divergences", "data", "checkpoint"},
     {"config"},
     {"loading"},
-    {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance"},
+    {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance", "model_card"},
     {"members", "watch", "teacher_cache"},
     {"cohort", "scores"},
     {"build"},
     {"run_folder", "metrics"},
     {"train", "caching"},
-    {"report", "bench"},
+    {"report", "bench", "generate"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
