@@ -28,8 +28,9 @@ from codistill.objectives import Batch
 
 FORMAT = "codistill-teacher-cache-1"
 Kind = Literal["features", "top_k", "sampled"]
-# The log-probability of a token that was never drawn: its exponential is 0, and it is finite.
-NEVER = -1e4
+# The log-probability of a token that was never drawn: next to nothing in sum, and yet no denormal number, whose
+# exponential takes a CPU seventeen times as long (measured).
+NEVER = -80.0
 _KEY = ("text", "tokenizer", "seed", "objective", "length", "within_documents", "teacher")
 
 
