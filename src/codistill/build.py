@@ -25,7 +25,7 @@ from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.families import FAMILIES
 from codistill.kernels import SparseLogits
-from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.members import Predictor, call_options, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
 from codistill.provenance import pre_trained, provenance
@@ -220,7 +220,7 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
 
     def loss_of(state: dict[str, Tensor]) -> Tensor:
         batch = batches.at(next(steps))[0]
-        logits_BTV = functional_call(model.eval(), state, kwargs=dict(batch.inputs)).logits
+        logits_BTV = functional_call(model.eval(), state, kwargs={**batch.inputs, **call_options(model)}).logits
         return cross_entropy(logits_BTV.flatten(0, 1)[batch.rows_N], batch.labels_N)
 
     return loss_of

@@ -49,8 +49,7 @@ class Predictor(nn.Module):
         transform = nn.Identity() if family.transform is None else model.get_submodule(family.transform)
         self._parts = [model.get_submodule(family.backbone), transform]
         self._output = [cast(nn.Linear, model.get_submodule(family.output))]
-        # A causal model would keep its keys and values, and with them take documents for one another's past.
-        self._options = {"use_cache": False} if family.objective == "clm" else {}
+        self._options = call_options(model)
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         backbone, transform = self._parts
@@ -71,6 +70,11 @@ class Predictor(nn.Module):
     def num_parameters(self) -> int:
         """Tied tensors count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def call_options(model: PreTrainedModel) -> dict[str, bool]:
+    """What to call `model` with in training: one that keeps keys and values takes documents for one another's past."""
+    return {"use_cache": False} if FAMILIES[model.config.model_type].objective == "clm" else {}
 
 
 def new_model(

@@ -119,6 +119,7 @@ def _write_final(
     results = {
         "members": {name: _result(run, built, name, score) for name, score in scores.items()},
         "held_out": {"unigram_loss": built.unigram, "rows": next(iter(scores.values())).rows},
+        "objective": run.objective.name,
         "steps": run.steps,
         "tokens": run.steps * run.batch.sequences * run.data.length,
         "seconds": round(seconds, 1),
