@@ -51,11 +51,14 @@ def test_the_command_prints_text_of_the_vocabulary(folder, text, capsys):
 def test_padding_rows_of_a_model_are_never_written(folder, tmp_path):
     wide = shutil.copytree(folder, tmp_path / "wide")
     place = wide / "members" / "large"
-    model = AutoModelForCausalLM.from_pretrained(place)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(place), AutoTokenizer.from_pretrained(place)
     before = generate(folder, "large", "the", tokens=10, temperature=0, device="cpu")
     model.resize_token_embeddings(model.config.vocab_size + 9, mean_resizing=False)
     with torch.no_grad():
-        model.get_output_embeddings().weight[-9:] = model.get_output_embeddings().weight[:-9].mean(0) * 100
+        rows = model.get_output_embeddings().weight
+        shown = torch.tensor([[tokenizer.cls_token_id, *tokenizer("the", add_special_tokens=False)["input_ids"]]])
+        rows[-9:] = 3 * rows[model(shown).logits[0, -1].argmax()]
+        assert model(shown).logits[0, -1].argmax() >= len(rows) - 9
     model.save_pretrained(place)
     assert generate(wide, "large", "the", tokens=10, temperature=0, device="cpu") == before
 
