@@ -17,7 +17,7 @@ from codistill.data.prepare import prepare
 from codistill.data.tokenizers import Vocabulary
 from codistill.errors import UserError
 from codistill.families import FAMILIES
-from codistill.loading import load, to_dict
+from codistill.loading import load, override, to_dict
 from codistill.members import Predictor, load_model, new_model
 from codistill.metrics import read_metrics
 from codistill.objectives import CausalLM
@@ -262,3 +262,17 @@ def test_live_models_with_adapters_or_narrow_weights_are_refused():
     adapted.peft_config = {}
     with pytest.raises(UserError, match="GPT2LMHeadModel: a model with an adapter"):
         Predictor(adapted, 60)
+
+
+@pytest.mark.parametrize("way", ["depth: stack", "learned: 2"])
+def test_a_causal_member_grows_from_another(way, text, causal_teacher):
+    run = small_run("standalone-clm", text, "precision=float32", "data.tokenizer=null", "data.within_documents=true")
+    tree = override(
+        to_dict(run), ["members.large.model.layers=4", f"members.large.init={{from: {causal_teacher}, {way}}}"]
+    )
+    built = build(load(tree), torch.device("cpu"))
+    source = AutoModelForCausalLM.from_pretrained(causal_teacher).state_dict()
+    found = built.models["large"].state_dict()
+    same = torch.equal(found["model.layers.2.mlp.up_proj.weight"], source["model.layers.0.mlp.up_proj.weight"])
+    assert same == (way == "depth: stack")
+    assert all(torch.isfinite(value) for value in built.cohort.step(0, built.batches.at(0)).values())
