@@ -142,11 +142,11 @@ def test_a_run_within_documents_reaches_the_batches(text):
 
 
 def test_a_masked_teacher_of_a_causal_student_is_refused(text, teacher, causal_teacher, tmp_path):
-    wrong = "members.weak: modernbert is a masked LM, and objective.name clm is for causal ones: gpt2, llama"
+    wrong = "members.weak.path: .*: modernbert is a masked LM, and objective.name clm is for causal ones: gpt2, llama"
     refused(wrong, with_teachers("dwt-clm", text, teacher), tmp_path / "run")
-    wrong = "members.weak: llama is a causal LM, and objective.name mlm is for masked ones: bert, modernbert"
+    wrong = "members.weak.path: .*: llama is a causal LM, and objective.name mlm is for masked ones: bert, modernbert"
     refused(wrong, with_teachers("dwt", text, causal_teacher), tmp_path / "run")
-    wrong = "members.large: bert is a masked LM"
+    wrong = "members.large.model.family: bert is a masked LM"
     refused(wrong, small_run("standalone-clm", text, "members.large.model.family=bert"), tmp_path / "run")
 
 

@@ -226,7 +226,15 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
     refused("members.weak.path: .* is no model folder", with_path(tmp_path / "none"), tmp_path / "run")
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
-    refused("is of the family 'gpt2'; supported are bert, modernbert", with_path(tmp_path / "gpt"), tmp_path / "run")
+    refused(
+        "gpt2 is a causal LM, and objective.name mlm is for masked ones: bert",
+        with_path(tmp_path / "gpt"),
+        tmp_path / "run",
+    )
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "t5"}')
+    refused(
+        "is of the family 't5'; supported are bert, modernbert, gpt2", with_path(tmp_path / "gpt"), tmp_path / "run"
+    )
     (tmp_path / "gpt" / "config.json").write_text("{")
     refused("members.weak.path: .* cannot be loaded", with_path(tmp_path / "gpt"), tmp_path / "run")
     copy = tmp_path / "copy"

@@ -23,7 +23,7 @@ from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
-from codistill.families import FAMILIES
+from codistill.families.supported import check_objective
 from codistill.kernels import SparseLogits
 from codistill.members import Predictor, call_options, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
@@ -61,9 +61,11 @@ def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
 def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Predictor]]:
     """All of `Built` but the cohort, and the predictors for that, before they are placed."""
     _check_sources(run)
-    _check_objectives({n: m.model.family for n, m in run.members.items() if m.model is not None}, run.objective.name)
-    loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
-    _check_objectives({n: model.config.model_type for n, model in loaded.items()}, run.objective.name)
+    wanted = run.objective.name
+    for name, member in run.members.items():
+        if member.model is not None:
+            check_objective(member.model.family, wanted, f"members.{name}.model.family")
+    loaded = {n: load_model(m.path, f"members.{n}.path", wanted) for n, m in run.members.items() if m.path is not None}
     corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
@@ -274,19 +276,6 @@ def _check_sources(run: Run) -> None:
             raise UserError(
                 f"data.{split}: no text is named; give .txt or .parquet files, folders or globs, as in "
                 f"--set data.{split}=[corpus/*.parquet]"
-            )
-
-
-def _check_objectives(families: Mapping[str, str], wanted: str) -> None:
-    """UserError unless the members' families are made for the run's objective."""
-    kinds = {"mlm": "masked", "clm": "causal"}
-    for name, family in families.items():
-        found = FAMILIES[family].objective
-        if found != wanted:
-            fitting = ", ".join(key for key, of in FAMILIES.items() if of.objective == wanted)
-            raise UserError(
-                f"members.{name}: {family} is a {kinds[found]} LM, and objective.name {wanted} is for "
-                f"{kinds[wanted]} ones: {fitting}"
             )
 
 

@@ -24,7 +24,7 @@ from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
 from codistill.families import FAMILIES, Family
-from codistill.families.supported import check_config, check_folder, check_model
+from codistill.families.supported import check_config, check_folder, check_model, check_objective
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -99,8 +99,9 @@ def new_model(
     return family.model(hugging_face_config)
 
 
-def load_model(path: str, field: str) -> PreTrainedModel:
-    """The masked or causal LM in a folder or of a hub name, in float32; raises UserError naming `field`."""
+def load_model(path: str, field: str, objective: str | None = None) -> PreTrainedModel:
+    """The LM in a folder or of a hub name, in float32; raises UserError naming `field`, also for one that is not made
+    for `objective`, where one is given."""
     check_folder(Path(path), field)
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{field}: {path!r} is no model folder (it has no config.json); give a folder or a hub name")
@@ -109,6 +110,8 @@ def load_model(path: str, field: str) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: {path!r} cannot be loaded: {_first_line(error)}") from None
     check_config(config, path, field)
+    if objective is not None:
+        check_objective(config.model_type, objective, f"{field}: {path!r}")
     return _load_weights(path, FAMILIES[config.model_type], field)
 
 

@@ -41,6 +41,18 @@ def check_config(config: PreTrainedConfig, path: str, field: str) -> None:
         raise UserError(f"{field}: {path!r} is quantized ({method}), which is not supported; give it in 16 or 32 bits")
 
 
+def check_objective(family: str, wanted: str, field: str) -> None:
+    """UserError unless `family` is made for the objective `wanted`."""
+    of, kinds = {**MASKED, **CAUSAL}, {"mlm": "masked", "clm": "causal"}
+    found = of[family].objective
+    if found != wanted:
+        fitting = ", ".join(name for name, each in of.items() if each.objective == wanted)
+        raise UserError(
+            f"{field}: {family} is a {kinds[found]} LM, and objective.name {wanted} is for {kinds[wanted]} ones: "
+            f"{fitting}"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """UserError for a live model with an adapter, or with weights in 8 or 4 bits."""
     name = type(model).__name__
