@@ -14,13 +14,13 @@ FLOORS = [
     {"schedules", "divergences", "machine", "data", "checkpoint"},
     {"config"},
     {"loading"},
-    {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance"},
-    {"members", "watch"},
+    {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance", "model_card"},
+    {"members", "watch", "teacher_cache"},
     {"cohort", "scores", "costs"},
     {"build"},
     {"run_folder", "metrics"},
-    {"train"},
-    {"report", "bench", "evaluate"},
+    {"train", "caching"},
+    {"report", "bench", "evaluate", "generate"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -14,27 +14,47 @@ from codistill.objectives import Batch
 from codistill.schedules import build, constant
 from cohorts import assert_same_bits, batch, member, parameters, predictor, run
 
+FAMILIES = ["modernbert", "llama", "gpt2"]
 BOTH_WAYS = [Distillation("large", "small"), Distillation("small", "large")]
 
 
-def test_a_members_bits_do_not_depend_on_whether_it_teaches():
-    silent = run(Cohort([member("large", 2), member("small")]))
-    teaching = run(Cohort([member("large", 2), member("small")], [Distillation("large", "small")]))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_members_bits_do_not_depend_on_whether_it_teaches(family):
+    silent = run(Cohort([member("large", 2, family=family), member("small", family=family)]))
+    teaching = run(
+        Cohort([member("large", 2, family=family), member("small", family=family)], [Distillation("large", "small")])
+    )
     assert_same_bits(parameters(silent, "large"), parameters(teaching, "large"))
     with pytest.raises(AssertionError):
         assert_same_bits(parameters(silent, "small"), parameters(teaching, "small"))
 
 
-def test_a_member_without_edges_does_not_notice_its_company():
-    alone = run(Cohort([member("lone", 2)]))
-    company = [member("small"), member("lone", 2), member("large", 3), member("guest", trained=False)]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_member_without_edges_does_not_notice_its_company(family):
+    alone = run(Cohort([member("lone", 2, family=family)]))
+    company = [
+        member("small", family=family),
+        member("lone", 2, family=family),
+        member("large", 3, family=family),
+        member("guest", family=family, trained=False),
+    ]
     among = run(Cohort(company, [*BOTH_WAYS, Distillation("guest", "large"), Distillation("lone", "small")]))
     assert_same_bits(parameters(alone, "lone"), parameters(among, "lone"))
 
 
-def test_a_twin_repeats_its_original_bit_for_bit():
-    alone = run(Cohort([member("large", 2)]))
-    beside = run(Cohort([member("large", 2), member("small"), member("twin", 2, noise_key="large")], BOTH_WAYS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_twin_repeats_its_original_bit_for_bit(family):
+    alone = run(Cohort([member("large", 2, family=family)]))
+    beside = run(
+        Cohort(
+            [
+                member("large", 2, family=family),
+                member("small", family=family),
+                member("twin", 2, family=family, noise_key="large"),
+            ],
+            BOTH_WAYS,
+        )
+    )
     assert_same_bits(parameters(alone, "large"), parameters(beside, "twin"))
 
 

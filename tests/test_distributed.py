@@ -55,6 +55,7 @@ def new_cohort(ranks: Ranks, kind: str = "sgd") -> Cohort:
         "clipped": {"clip": 0.1},
         "untied": {"tied": False},
         "bert": {"family": "bert"},
+        "llama": {"family": "llama"},
         "dropout": {"dropout": 0.1},
     }[kind]
     guide = placed(ranks, "guide", **settings | {"optimizer": None})
@@ -92,7 +93,7 @@ def assert_close(one: dict, other: dict, tolerance: float = 1e-6) -> None:
             torch.testing.assert_close(value, theirs[key], rtol=1e-5, atol=tolerance)
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw", "clipped", "untied", "bert"])
+@pytest.mark.parametrize("kind", ["sgd", "adamw", "clipped", "untied", "bert", "llama"])
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_make_the_step_of_one(engine, kind):
     one = stepped("single", kind, world=2)

@@ -50,7 +50,7 @@ def both_ranks(run: Run, out: Path, engine: str, stops: list[int | None], resume
 
 @pytest.mark.parametrize(
     ("recipe", "stop"),
-    [("ctcd", 7)]
+    [("ctcd", 7), ("ctcd-clm", 7)]
     + [
         pytest.param(recipe, stop, marks=pytest.mark.slow)
         for recipe in ("standalone", "dwt", "ctcd", "community")

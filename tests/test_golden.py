@@ -14,10 +14,14 @@ from cohorts import batch, member
 
 FILE = Path(__file__).with_name("golden") / "losses.json"
 STEPS = 20
+NAMES = ("standalone", "dwt", "ctcd", "causal")
 
 
 def new_cohort(name: str) -> Cohort:
     large, small = member("large", 2, dropout=0.0), member("small", 1, family="bert", dropout=0.0)
+    if name == "causal":
+        large, small = member("large", 2, family="llama", dropout=0.0), member("small", 1, family="gpt2", dropout=0.0)
+        return Cohort([large, small], [Distillation("small", "large"), Distillation("large", "small", temperature=2.0)])
     if name == "standalone":
         return Cohort([large])
     if name == "dwt":
@@ -36,7 +40,7 @@ def losses(name: str) -> list[dict[str, float]]:
     return [{key: value.item() for key, value in line.items() if not key.endswith("grad_norm")} for line in metrics]
 
 
-@pytest.mark.parametrize("name", ["standalone", "dwt", "ctcd"])
+@pytest.mark.parametrize("name", NAMES)
 def test_losses_are_the_golden_ones(name):
     golden = json.loads(FILE.read_text())[name]
     got = losses(name)
@@ -46,4 +50,4 @@ def test_losses_are_the_golden_ones(name):
 
 
 if __name__ == "__main__":
-    FILE.write_text(json.dumps({name: losses(name) for name in ("standalone", "dwt", "ctcd")}, indent=1) + "\n")
+    FILE.write_text(json.dumps({name: losses(name) for name in NAMES}, indent=1) + "\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from codistill import checkpoint
 from codistill.build import build
@@ -47,10 +47,11 @@ def last_step_of_the_first_epoch(run) -> int:
     return rows // run.batch.sequences
 
 
-@pytest.mark.parametrize("recipe", ["standalone", "dwt", "ctcd", "community"])
-def test_a_resumed_run_is_the_straight_run_bit_for_bit(recipe, text, teacher, tmp_path):
+@pytest.mark.parametrize("recipe", ["standalone", "dwt", "ctcd", "community", "dwt-clm"])
+def test_a_resumed_run_is_the_straight_run_bit_for_bit(recipe, text, teacher, causal_teacher, tmp_path):
     """In new processes, stopped in mid-epoch, in the batch where an epoch ends, and just after it."""
-    run = with_teachers(recipe, text, teacher)
+    apart = ["data.within_documents=true"] if recipe.endswith("-clm") else []
+    run = with_teachers(recipe, text, causal_teacher if apart else teacher, *apart)
     straight = train(run, tmp_path / "straight")
     end = last_step_of_the_first_epoch(run)
     with pytest.raises(Stopped):
@@ -100,22 +101,26 @@ def test_every_recipe_steps_at_tiny(name, text, teacher, causal_teacher):
     assert all(torch.isfinite(value) for value in metrics.values())
 
 
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2", "llama", "gemma3_text"])
 def test_final_members_load_with_transformers_and_give_the_same_logits(family, text, tmp_path):
-    run = small_run("standalone", text, "steps=2", f"members.large.model.family={family}")
+    masked = "bert" in family
+    recipe = "standalone" if masked else "standalone-clm"
+    run = small_run(recipe, text, "steps=2", f"members.large.model.family={family}")
     out = train(run, tmp_path / "run") / "members" / "large"
-    model, report = AutoModelForMaskedLM.from_pretrained(out, output_loading_info=True)
+    auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+    model, report = auto.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     tokenizer = AutoTokenizer.from_pretrained(out)
-    inputs = tokenizer("the cat sat on [MASK] old garden", return_tensors="pt")
+    inputs = tokenizer("the cat sat on [MASK] old garden", return_tensors="pt", return_token_type_ids=False)
     logits = model.eval()(**inputs).logits
     built = build(replace(run, precision="float32"), CPU)
     trained = {m.name: checkpoint.Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained}
     checkpoint.load(checkpoint.newest(tmp_path / "run" / "checkpoints"), trained)
     predictor = built.cohort.members["large"].predictor.eval()
     features = predictor(dict(inputs), torch.arange(inputs["input_ids"].numel()))
-    expected = features @ predictor.output_weight.T + predictor.output_bias
+    bias = 0 if predictor.output_bias is None else predictor.output_bias
+    expected = features @ predictor.output_weight.T + bias
     torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -221,7 +226,15 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
     refused("members.weak.path: .* is no model folder", with_path(tmp_path / "none"), tmp_path / "run")
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
-    refused("is of the family 'gpt2'; supported are bert, modernbert", with_path(tmp_path / "gpt"), tmp_path / "run")
+    refused(
+        "gpt2 is a causal LM, and objective.name mlm is for masked ones: bert",
+        with_path(tmp_path / "gpt"),
+        tmp_path / "run",
+    )
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "t5"}')
+    refused(
+        "is of the family 't5'; supported are bert, modernbert, gpt2", with_path(tmp_path / "gpt"), tmp_path / "run"
+    )
     (tmp_path / "gpt" / "config.json").write_text("{")
     refused("members.weak.path: .* cannot be loaded", with_path(tmp_path / "gpt"), tmp_path / "run")
     copy = tmp_path / "copy"

@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,15 +24,17 @@ from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
-from codistill.families import FAMILIES
+from codistill.families.supported import check_objective
+from codistill.kernels import SparseLogits
 from codistill.machine import compile_layers, why_not_compile
-from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.members import Predictor, call_options, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
 from codistill.provenance import pre_trained, provenance
 from codistill.remap import initial_state, learn_growth, read_config
 from codistill.scores import unigram_cross_entropy
 from codistill.seeds import seed_of
+from codistill.teacher_cache import TeacherCache, open_for
 
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
 
@@ -62,9 +65,11 @@ def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
 def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Predictor]]:
     """All of `Built` but the cohort, and the predictors for that, before they are placed."""
     _check_sources(run)
-    _check_objectives({n: m.model.family for n, m in run.members.items() if m.model is not None}, run.objective.name)
-    loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
-    _check_objectives({n: model.config.model_type for n, model in loaded.items()}, run.objective.name)
+    wanted = run.objective.name
+    for name, member in run.members.items():
+        if member.model is not None:
+            check_objective(member.model.family, wanted, f"members.{name}.model.family")
+    loaded = {n: load_model(m.path, f"members.{n}.path", wanted) for n, m in run.members.items() if m.path is not None}
     corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
@@ -90,6 +95,8 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     )
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
+    caches = open_for(run, corpus.manifest["identity"], tokenizer_hash(tokenizer), models)
+    batches.beside = partial(_beside, caches)
     materials = {
         "batches": batches,
         "held_out": [to_device(batch, device) for batch in unseen],
@@ -132,7 +139,33 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         batch.labels_N.to(device, non_blocking=True),
         None if weight is None else weight.to(device, non_blocking=True),
         batch.sample_ids,
+        {name: _moved(cached, device) for name, cached in batch.cached.items()},
     )
+
+
+def _moved(cached: Tensor | SparseLogits, device: torch.device) -> Tensor | SparseLogits:
+    if isinstance(cached, Tensor):
+        return cached.to(device, non_blocking=True)
+    return SparseLogits(*(tensor.to(device, non_blocking=True) for tensor in cached))
+
+
+@dataclass
+class Frozen:
+    """One member of a run, and what it would be asked; `text` and `tokenizer` are their hashes."""
+
+    predictor: Predictor
+    batches: Batches
+    text: str
+    tokenizer: str
+
+
+def build_frozen(run: Run, name: str, device: torch.device) -> Frozen:
+    """The member `name` of `run` without the rest, and the run's batches; raises UserError as `build` does."""
+    data = replace(run.data, tokenizer=_tokenizer_spec(run))
+    member = replace(run.members[name], cached=None)
+    materials, predictors = _materials(replace(run, data=data, members={name: member}), device, ALONE)
+    facts = materials["provenance"]
+    return Frozen(predictors[name], materials["batches"], facts["data"]["train"]["identity"], facts["tokenizer"])
 
 
 def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str, ranks: Ranks) -> Corpus:
@@ -172,6 +205,11 @@ def _model(
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
 
 
+def _beside(caches: Mapping[str, TeacherCache], first: int, batch: Batch) -> Batch:
+    found = {name: cache.read(first, batch) for name, cache in caches.items()}
+    return replace(batch, cached={name: said for name, said in found.items() if said is not None})
+
+
 def _initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) -> None:
     """Replaces random parameters by those of `init`, if the member has one."""
     init = run.members[name].init
@@ -199,7 +237,7 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
 
     def loss_of(state: dict[str, Tensor]) -> Tensor:
         batch = batches.at(next(steps))[0]
-        logits_BTV = functional_call(model.eval(), state, kwargs=dict(batch.inputs)).logits
+        logits_BTV = functional_call(model.eval(), state, kwargs={**batch.inputs, **call_options(model)}).logits
         return cross_entropy(logits_BTV.flatten(0, 1)[batch.rows_N], batch.labels_N)
 
     return loss_of
@@ -256,19 +294,6 @@ def _check_sources(run: Run) -> None:
             )
 
 
-def _check_objectives(families: Mapping[str, str], wanted: str) -> None:
-    """UserError unless the members' families are made for the run's objective."""
-    kinds = {"mlm": "masked", "clm": "causal"}
-    for name, family in families.items():
-        found = FAMILIES[family].objective
-        if found != wanted:
-            fitting = ", ".join(key for key, of in FAMILIES.items() if of.objective == wanted)
-            raise UserError(
-                f"members.{name}: {family} is a {kinds[found]} LM, and objective.name {wanted} is for "
-                f"{kinds[wanted]} ones: {fitting}"
-            )
-
-
 def _tokenizer_spec(run: Run) -> str:
     if run.data.tokenizer is not None:
         return run.data.tokenizer
@@ -295,10 +320,11 @@ def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
 def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str:
     mine, theirs = one.get_vocab(), other.get_vocab()
     tokens = sorted(mine.keys() | theirs.keys(), key=lambda t: (min(mine.get(t, 1 << 40), theirs.get(t, 1 << 40)), t))
-    token = next((t for t in tokens if mine.get(t) != theirs.get(t)), None)
-    if token is None:
-        return "their rules differ"
-    return f"{token!r} is id {mine.get(token, 'none')} in the one and {theirs.get(token, 'none')} in the other"
+    differing = [token for token in tokens if mine.get(token) != theirs.get(token)]
+    first = [
+        f"{t!r} is id {mine.get(t, 'none')} in the one and {theirs.get(t, 'none')} in the other" for t in differing
+    ]
+    return f"{len(differing)} tokens differ, as {', '.join(first[:3])}"
 
 
 def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> None:

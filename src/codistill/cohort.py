@@ -10,7 +10,7 @@ Every method of the field is a choice of members and edges (docs/concepts.md). S
 D width of a member, M trained members.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from codistill.distributed import ALONE, Ranks
-from codistill.kernels import CohortLoss, Edge, linear_cohort_loss, linear_cohort_regression
+from codistill.kernels import CohortLoss, Edge, SparseLogits, linear_cohort_loss, linear_cohort_regression
 from codistill.members import Predictor
 from codistill.objectives import Batch
 from codistill.schedules import Schedule, constant
@@ -128,21 +128,33 @@ class Cohort:
     def _edges(self, step: int) -> list[Edge]:
         return [Edge(d.teacher, d.student, d.weight(step), d.temperature, d.divergence) for d in self.distillation]
 
-    def _features(self, member: Member, batch: Batch, step: int, micro_batch: int) -> Tensor:
-        """(N, D) features of the predicted rows; the noise is a function of (seed, step, micro-batch, rank, name)."""
+    def _features(self, member: Member, batch: Batch, step: int, micro_batch: int) -> Tensor | SparseLogits:
+        """(N, D) features of the predicted rows, or what is cached in their place.
+
+        The noise is a function of (seed, step, micro-batch, rank, name).
+        """
+        if member.name in batch.cached:
+            self.ranks.gather(member.predictor)
+            return batch.cached[member.name]
         if member.is_trained:
             _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.ranks.rank, member.noise_key))
         with torch.set_grad_enabled(member.is_trained), self._autocast():
             return member.predictor(batch.inputs, batch.rows_N)
 
     def _loss(
-        self, features: Mapping[str, Tensor], batch: Batch, step: int, edges: Sequence[Edge], denominator: Tensor
+        self,
+        features: Mapping[str, Tensor | SparseLogits],
+        batch: Batch,
+        step: int,
+        edges: Sequence[Edge],
+        denominator: Tensor,
     ) -> CohortLoss:
-        members = [self.members[name] for name in features]
-        is_regression = batch.labels_N.is_floating_point()
-        loss_of = partial(linear_cohort_loss, vocabulary=members[0].predictor.vocabulary)
+        members = [self.members[name] for name, given in features.items() if not isinstance(given, SparseLogits)]
+        loss_of: Callable[..., CohortLoss] = partial(linear_cohort_loss, vocabulary=members[0].predictor.vocabulary)
+        if batch.labels_N.is_floating_point():
+            loss_of = linear_cohort_regression
         with self._autocast():
-            return (linear_cohort_regression if is_regression else loss_of)(
+            return loss_of(
                 features,
                 {m.name: m.predictor.output_weight for m in members},
                 {m.name: m.predictor.output_bias for m in members},

@@ -78,6 +78,7 @@ class MemberConfig:
     """A model of the cohort: `model` (a new one) or `path` (a Hugging Face folder or hub name).
 
     A new one starts at random, or with `init` from another model of any size.
+    `cached`: a folder of `codistill cache-teacher`, read in place of running a frozen member (docs/causal.md).
     `twin_of` names a member whose settings, initialisation and noise this one shares, for a paired comparison.
     """
 
@@ -86,6 +87,7 @@ class MemberConfig:
     init: InitConfig | None = None
     twin_of: str | None = None
     frozen: bool = False
+    cached: str | None = None
     hard_weight: Spec = field(default=1.0)
     lr: Spec = field(default_factory=lambda: {"warmup_linear": [5e-4, 0.05]})
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])

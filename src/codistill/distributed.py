@@ -89,6 +89,11 @@ class Ranks:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(is_last)
 
+    def gather(self, module: nn.Module) -> None:
+        """Puts together what is of no layer (embeddings and head) of a module whose forward is not run under FSDP2."""
+        if isinstance(module, FSDPModule):
+            module.unshard()
+
     def release(self, modules: Iterable[nn.Module]) -> None:
         """Drops the whole parameters that a forward without a backward leaves behind under FSDP2."""
         for module in modules:

@@ -227,6 +227,10 @@ def _check_member(name: str, member: Any) -> None:
         raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")
     if member.init is not None and member.path is not None:
         raise UserError(f"members.{name}.init: a member with a `path` has its parameters already; give `model` instead")
+    if member.cached is not None and not member.frozen:
+        raise UserError(
+            f"members.{name}.cached: {name} is trained, and only a frozen member's outputs stay as they are"
+        )
     if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
         raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
     if member.model is not None:

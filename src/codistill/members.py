@@ -14,7 +14,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -25,6 +24,7 @@ from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
 from codistill.families import FAMILIES, Family
+from codistill.families.supported import check_config, check_folder, check_model, check_objective
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -40,6 +40,7 @@ class Predictor(nn.Module):
 
     def __init__(self, model: PreTrainedModel, vocabulary: int):
         super().__init__()
+        check_model(model)
         family = FAMILIES[model.config.model_type]
         use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
@@ -48,8 +49,7 @@ class Predictor(nn.Module):
         transform = nn.Identity() if family.transform is None else model.get_submodule(family.transform)
         self._parts = [model.get_submodule(family.backbone), transform]
         self._output = [cast(nn.Linear, model.get_submodule(family.output))]
-        # A causal model would keep its keys and values, and with them take documents for one another's past.
-        self._options = {"use_cache": False} if family.objective == "clm" else {}
+        self._options = call_options(model)
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         backbone, transform = self._parts
@@ -70,6 +70,11 @@ class Predictor(nn.Module):
     def num_parameters(self) -> int:
         """Tied tensors count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def call_options(model: PreTrainedModel) -> dict[str, bool]:
+    """What to call `model` with in training: one that keeps keys and values takes documents for one another's past."""
+    return {"use_cache": False} if FAMILIES[model.config.model_type].objective == "clm" else {}
 
 
 def new_model(
@@ -94,18 +99,19 @@ def new_model(
     return family.model(hugging_face_config)
 
 
-def load_model(path: str, field: str, *, needs_head: bool = True) -> PreTrainedModel:
-    """The masked or causal LM in a folder or of a hub name, in float32; raises UserError naming `field`.
-
-    Without `needs_head` its LM head may be missing there, and is then random.
-    """
+def load_model(path: str, field: str, objective: str | None = None, *, needs_head: bool = True) -> PreTrainedModel:
+    """The LM in a folder or of a hub name, in float32; raises UserError naming `field`, also for one that is not made
+    for `objective`, where one is given. Without `needs_head` its LM head may be missing there, and is then random."""
+    check_folder(Path(path), field)
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{field}: {path!r} is no model folder (it has no config.json); give a folder or a hub name")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: {path!r} cannot be loaded: {_first_line(error)}") from None
-    _check_supported(config, path, field)
+    check_config(config, path, field)
+    if objective is not None:
+        check_objective(config.model_type, objective, f"{field}: {path!r}")
     return _load_weights(path, FAMILIES[config.model_type], field, needs_head)
 
 
@@ -124,26 +130,6 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -
         for role, name in (("bos", "cls"), ("eos", "sep")):
             ids[role] = ids[name] if ids[role] is None else ids[role]
     return ids
-
-
-def _check_supported(config: PreTrainedConfig, path: str, field: str) -> None:
-    """UserError unless the logits are a linear function of features that a family of ours gives."""
-    bent = {
-        "final_logit_softcapping": None,
-        "logit_scale": 1,
-        "logits_scaling": 1,
-    }  # what leaves the logits as they are
-    for key, plain in bent.items():
-        value = getattr(config, key, None)
-        if value not in (None, plain):
-            raise UserError(
-                f"{field}: {path!r} has {key} {value}, and the loss knows no caps or scales of logits; "
-                "give a model without"
-            )
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-        )
 
 
 def _load_weights(path: str, family: Family, field: str, needs_head: bool) -> PreTrainedModel:

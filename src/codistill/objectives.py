@@ -8,7 +8,7 @@ rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from codistill.errors import UserError
 
 if TYPE_CHECKING:
     from codistill.data.tokenizers import Vocabulary
+    from codistill.kernels import SparseLogits
 
 _NEVER = np.uint64(2**64 - 1)
 
@@ -31,7 +32,8 @@ class Batch:
     `inputs`: keyword arguments of a backbone, `input_ids` (B, T) int64 among them; `rows_N`: int64 indices into the
     flattened (B · T) positions; `labels_N`: int64 token ids (of whole texts: classes, or float32 numbers);
     `row_weight_N`: float32, 0 for a slot that a short sequence leaves unfilled (None: all 1); `sample_ids`: which rows
-    of the data these are, for error messages.
+    of the data these are, for error messages; `cached`: by member, what a teacher said about the rows when it was run:
+    features (N, D), or sparse logits.
     """
 
     inputs: Mapping[str, Tensor]
@@ -39,6 +41,7 @@ class Batch:
     labels_N: Tensor
     row_weight_N: Tensor | None = None
     sample_ids: tuple[int, ...] = ()
+    cached: Mapping[str, Tensor | SparseLogits] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ def results_table(folder: Path) -> Table:
     unigram = results["held_out"]["unigram_loss"]
     table = Table(
         box=SIMPLE,
-        title=f"Held-out masked-LM scores over {results['held_out']['rows']:,} masked tokens (a single run)",
+        title=f"Held-out {_kind(results)}-LM scores over {results['held_out']['rows']:,} tokens (a single run)",
         caption=f"loss in nats; unigram cross-entropy of the same tokens: {unigram:.3f}\n"
         + ("vs. alone: its loss less that of its twin, the same model trained alone\n" if alone else "")
         + f"{results['tokens']:,} training tokens in {results['seconds']:.0f} s",
@@ -63,7 +63,7 @@ def draw_curves(folder: Path) -> Path | None:
     unigram = results["held_out"]["unigram_loss"]
     axes.axhline(unigram, color="0.6", linewidth=0.8)
     axes.text(0.99, unigram, "unigram", transform=axes.get_yaxis_transform(), color="0.4", fontsize=8, ha="right")
-    axes.set(xlabel="training tokens (millions)", ylabel="held-out masked-LM loss (nats)")
+    axes.set(xlabel="training tokens (millions)", ylabel=f"held-out {_kind(results)}-LM loss (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
     place = folder / "curves.png"
@@ -73,6 +73,10 @@ def draw_curves(folder: Path) -> Path | None:
         raise machine_error(error, place) from error
     pyplot.close(figure)
     return place
+
+
+def _kind(results: dict[str, Any]) -> str:
+    return {"mlm": "masked", "clm": "causal"}[results.get("objective", "mlm")]  # of older folders, which do not say
 
 
 def _untaught_twins(members: dict[str, dict]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from codistill.distributed import Ranks, job
 from codistill.errors import UserError
 from codistill.files import atomic_folder, machine_error, remove_folder, write_file
 from codistill.loading import load, read_run, to_dict, to_yaml
+from codistill.model_card import model_card
 from codistill.scores import Score
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
@@ -115,19 +116,21 @@ def _write_final(
     scores: Mapping[str, Score],
     seconds: float,
 ) -> None:
-    with atomic_folder(out / "members") as fresh:
-        for name, model in built.models.items():
-            model.save_pretrained(fresh / name, state_dict=parameters[name])
-            built.tokenizer.save_pretrained(fresh / name)
     results = {
         "members": {name: _result(run, built, name, score) for name, score in scores.items()},
         "held_out": {"unigram_loss": built.unigram, "rows": next(iter(scores.values())).rows},
+        "objective": run.objective.name,
         "steps": run.steps,
         "tokens": run.steps * run.batch.sequences * run.data.length,
         "seconds": round(seconds, 1),
         "seed": run.seed,
         "precision": run.precision,
     }
+    with atomic_folder(out / "members") as fresh:
+        for name, model in built.models.items():
+            model.save_pretrained(fresh / name, state_dict=parameters[name])
+            built.tokenizer.save_pretrained(fresh / name)
+            write_file(fresh / name / "README.md", model_card(run, results, name))
     write_file(out / "results.json", json.dumps(results, indent=1))
 
 

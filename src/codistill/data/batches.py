@@ -5,7 +5,7 @@ Shape suffixes: B sequences, T position.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
@@ -72,6 +72,8 @@ class Batches:
         self.order_keys = np.array([seed_of(seed, "order", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mask_keys = np.array([seed_of(seed, "mask", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mixture_key = seed_of(seed, "mixture")
+        # What is put on each micro-batch, given the running number of its first sequence.
+        self.beside: Callable[[int, Batch], Batch] = lambda first, batch: batch
 
     @property
     def rows_per_epoch(self) -> int:
@@ -90,7 +92,8 @@ class Batches:
             shares = f"{self.accumulate} micro-batches on {world} ranks"
             raise UserError(f"batch.sequences {self.sequences}: cannot be shared out evenly to {shares}")
         first = step * self.sequences + rank * micro
-        return [self._micro(first + i * world * micro, micro) for i in range(self.accumulate)]
+        firsts = [first + i * world * micro for i in range(self.accumulate)]
+        return [self.beside(first, self._micro(first, micro)) for first in firsts]
 
     def _micro(self, first: int, count: int) -> Batch:
         part_B, epoch_B, row_B = self.locate(np.arange(first, first + count))

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from codistill.kernels.head import Head
+from codistill.kernels.head import GivenHead, Head
 from codistill.kernels.problem import Problem
 
 # (problem, heads, logits of the chunk without bias, its rows) -> row losses hard (M, C) and soft (E, C), and of each
 # trained member the gradient at the labels (C,); writes the rest of the gradient into `Head.gradient`.
-Sweep = Callable[[Problem, dict[str, Head], dict[str, Tensor], slice], tuple[Tensor, Tensor, dict[str, Tensor]]]
+Sweep = Callable[
+    [Problem, dict[str, Head | GivenHead], dict[str, Tensor], slice], tuple[Tensor, Tensor, dict[str, Tensor]]
+]
 
 
 def chunked_loss(problem: Problem, chunk_rows: int | None, sweep: Sweep):
@@ -27,7 +29,7 @@ def chunked_loss(problem: Problem, chunk_rows: int | None, sweep: Sweep):
     else:
         with torch.no_grad():
             total, hard_M, soft_E, _ = _solve(problem, chunk_rows, sweep, [False] * len(parameters))
-    return total, dict(zip(problem.hidden, hard_M.unbind(), strict=True)), soft_E.unbind()
+    return total, dict(zip(problem.hidden, hard_M.unbind(), strict=False)), soft_E.unbind()
 
 
 def rows_per_chunk(vocabulary: int, device: str) -> int:
@@ -80,9 +82,10 @@ def _solve(problem: Problem, chunk_rows: int, sweep: Sweep, wants: list[bool]):
     return total, hard_M, soft_E, _gradients(problem, heads)
 
 
-def _heads(problem: Problem, chunk_rows: int, wants: list[bool]) -> dict[str, Head]:
+def _heads(problem: Problem, chunk_rows: int, wants: list[bool]) -> dict[str, Head | GivenHead]:
     count = len(problem.hidden)
-    return {
+    given = {m: GivenHead(logits, problem.vocabulary, chunk_rows, problem.dtype) for m, logits in problem.given.items()}
+    heads = {
         member: Head(
             problem.hidden[member],
             problem.weight[member],
@@ -93,16 +96,19 @@ def _heads(problem: Problem, chunk_rows: int, wants: list[bool]) -> dict[str, He
         )
         for index, member in enumerate(problem.hidden)
     }
+    return {**heads, **given}
 
 
-def _add_chunk(problem, heads: dict[str, Head], rows: slice, sweep: Sweep, hard_M: Tensor, soft_E: Tensor) -> None:
+def _add_chunk(
+    problem, heads: dict[str, Head | GivenHead], rows: slice, sweep: Sweep, hard_M: Tensor, soft_E: Tensor
+) -> None:
     logits = {member: head.logits(rows) for member, head in heads.items()}
     hard_MC, soft_EC, at_label = sweep(problem, heads, logits, rows)
     scale_C = problem.scale_N[rows]
     hard_M += (hard_MC * scale_C).sum(1)
     soft_E += (soft_EC * scale_C).sum(1)
     for member, head in heads.items():
-        if head.trained:
+        if isinstance(head, Head) and head.trained:
             head.absorb(rows, problem.labels_N[rows], at_label[member])
 
 
@@ -110,7 +116,8 @@ def _weighted(weights: Iterable[float | Tensor], losses: Tensor) -> Tensor:
     return sum((weight * loss for weight, loss in zip(weights, losses, strict=True)), losses.new_zeros(()))
 
 
-def _gradients(problem: Problem, heads: dict[str, Head]) -> list[Tensor | None]:
+def _gradients(problem: Problem, every: dict[str, Head | GivenHead]) -> list[Tensor | None]:
+    heads = {member: head for member, head in every.items() if isinstance(head, Head)}
     hidden = [head.d_hidden_ND for head in heads.values()]
     weight = [_as(head.d_weight_VD, problem.weight[member]) for member, head in heads.items()]
     bias = [_as(head.d_bias_V, problem.bias[member]) for member, head in heads.items()]

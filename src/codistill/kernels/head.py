@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from codistill.kernels.problem import SparseLogits
+
 
 class Head:
     """Three matrix products of a trained member, one of a frozen one, over buffers that are made once.
@@ -69,6 +71,26 @@ class Head:
         if self.d_bias_V is not None:
             self.d_bias_V[: self.vocabulary].add_(g_CV.sum(0, dtype=self.dtype))
             self.d_bias_V.index_add_(0, labels_C, at_label_C)
+
+
+class GivenHead:
+    """What stands for a head where a teacher's logits are given: the same buffer, filled without a product."""
+
+    trained = False
+    bias_V = None
+
+    def __init__(self, given: SparseLogits, vocabulary: int, chunk_rows: int, dtype: torch.dtype):
+        self.given, self.vocabulary = given, vocabulary
+        self.buffer = torch.empty(chunk_rows, _leading(vocabulary), dtype=dtype, device=given.ids.device)
+
+    def logits(self, rows: slice) -> Tensor:
+        """The chunk's logits, a view (C, V) of the buffer."""
+        count = len(self.given.log_rest[rows])
+        return self.given.rows(rows, self.buffer[:count, : self.vocabulary])
+
+    def gradient(self, rows: int) -> Tensor:
+        """Of no use to anybody; the buffer, as it has to be something."""
+        return self.buffer[:rows, : self.vocabulary]
 
 
 def _aligned(bias_V: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from codistill.errors import UserError
-from codistill.kernels.problem import Edge, Problem, checked, is_fused
+from codistill.kernels.problem import Edge, Problem, SparseLogits, checked, is_fused
 
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
@@ -28,7 +28,7 @@ class CohortLoss(NamedTuple):
 
 
 def linear_cohort_loss(
-    hidden: Mapping[str, Tensor],
+    hidden: Mapping[str, Tensor | SparseLogits],
     weight: Mapping[str, Tensor],
     bias: Mapping[str, Tensor | None],
     labels: Tensor,
@@ -51,6 +51,7 @@ def linear_cohort_loss(
     for alignment are cut, take no part in any softmax and get gradient 0 (default: the rows of the weights, which then
     must agree). `denominator` is a 0-d tensor, by default Σ r. No rows give 0. Weights that vary enter as 0-d tensors.
 
+    A teacher may be given by `SparseLogits` in place of features: it then has no weight, bias, or hard loss.
     A member is trained if grad mode is on and its hidden, weight or bias requires a gradient; any other costs one
     matrix product. `impl`: "reference" is plain autograd and takes any divergence, a function of
     `codistill.divergences.Divergence`'s type too; "chunked" and "triton" form the gradients here, in the forward pass,

@@ -29,10 +29,26 @@ class Edge(NamedTuple):
     divergence: str | Divergence = "forward_kl"
 
 
+class SparseLogits(NamedTuple):
+    """A teacher given by its log-probabilities on K tokens of every row: `ids` (N, K) int64, `log_p` (N, K) floating.
+    Each other token has `log_rest` (N,). A token that stands twice in a row has the same value both times."""
+
+    ids: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+
+    def rows(self, rows: slice, out_CV: Tensor) -> Tensor:
+        """Fills `out_CV` with the log-probabilities of the named rows, which are logits too, and returns it."""
+        out_CV.copy_(self.log_rest[rows, None])
+        return out_CV.scatter_(1, self.ids[rows], self.log_p[rows].to(out_CV.dtype))
+
+
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of `linear_cohort_loss` after `checked`; `scale_N` is row weight ÷ denominator."""
+    """Arguments of `linear_cohort_loss` after `checked`; `scale_N` is row weight ÷ denominator. `given` teachers have
+    no head; their hard weight is 0."""
 
+    given: Mapping[str, SparseLogits]
     hidden: Mapping[str, Tensor]
     weight: Mapping[str, Tensor]
     bias: Mapping[str, Tensor | None]
@@ -41,6 +57,11 @@ class Problem:
     edges: tuple[Edge, ...]
     scale_N: Tensor
     vocabulary: int
+
+    @property
+    def members(self) -> list[str]:
+        """In the order of their heads."""
+        return [*self.hidden, *self.given]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,7 +75,7 @@ def is_fused(divergence: str | Divergence) -> bool:
 
 
 def checked(
-    hidden: Mapping[str, Tensor],
+    features: Mapping[str, Tensor | SparseLogits],
     weight: Mapping[str, Tensor],
     bias: Mapping[str, Tensor | None],
     labels: Tensor,
@@ -65,6 +86,8 @@ def checked(
     vocabulary: int | None,
 ) -> Problem:
     """The problem, or UserError naming the first thing that is wrong with it."""
+    given = {member: logits for member, logits in features.items() if isinstance(logits, SparseLogits)}
+    hidden = {member: tensor for member, tensor in features.items() if isinstance(tensor, Tensor)}
     _check_members(hidden, weight, hard_weight)
     for member in hidden:
         _check_shapes(member, hidden[member], weight[member], bias.get(member), len(labels))
@@ -72,15 +95,20 @@ def checked(
     if len({tensor.dtype == torch.float64 for tensor in hidden.values()}) > 1:
         raise UserError(f"hidden: {_types(hidden)}; float64 members and others cannot be mixed")
     for edge in edges:
-        _check_edge(edge, hidden)
+        _check_edge(edge, features)
+        if edge.student in given:
+            raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: a student needs features, not sparse logits")
     rows = _vocabulary(weight, vocabulary)
     check_labels(labels, rows)
+    for member, logits in given.items():
+        _check_sparse(member, logits, len(labels), rows)
     return Problem(
-        hidden=dict(hidden),
+        given=given,
+        hidden=hidden,
         weight=dict(weight),
         bias={member: bias.get(member) for member in hidden},
         labels_N=labels,
-        hard_weight={member: _detached(hard_weight[member]) for member in hidden},
+        hard_weight={**{member: _detached(hard_weight[member]) for member in hidden}, **dict.fromkeys(given, 0.0)},
         edges=tuple(edge._replace(weight=_detached(edge.weight)) for edge in edges),
         scale_N=_scale(hidden, labels, row_weight, denominator),
         vocabulary=rows,
@@ -121,6 +149,18 @@ def _check_shapes(member: str, hidden: Tensor, weight: Tensor, bias: Tensor | No
         raise UserError(f"member {member!r}: bias {tuple(bias.shape)} for weight {tuple(weight.shape)}")
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise UserError(f"member {member!r}: {hidden.dtype} features and {weight.dtype} weight; wanted floating types")
+
+
+def _check_sparse(member: str, logits: SparseLogits, rows: int, vocabulary: int) -> None:
+    shapes = [tuple(tensor.shape) for tensor in logits]
+    if logits.ids.dim() != 2 or shapes != [(rows, logits.ids.shape[1])] * 2 + [(rows,)]:
+        raise UserError(f"member {member!r}: sparse logits of shapes {shapes}; wanted ids and log_p of {rows} rows")
+    if (
+        logits.ids.device.type == "cpu"
+        and logits.ids.numel()
+        and not 0 <= logits.ids.min() <= logits.ids.max() < vocabulary
+    ):
+        raise UserError(f"member {member!r}: sparse logits name a token outside the vocabulary of {vocabulary}")
 
 
 def _check_edge(edge: Edge, members: Mapping) -> None:

@@ -18,6 +18,9 @@ def reference_loss(problem: Problem) -> tuple[Tensor, dict[str, Tensor], tuple[T
             loss = (functional.cross_entropy(logits_NV, problem.labels_N, reduction="none") * scale_N).sum()
             hard[member] = loss.detach()
             total = total + problem.hard_weight[member] * loss
+        for member, sparse in problem.given.items():
+            empty_NV = torch.empty(len(scale_N), problem.vocabulary, dtype=dtype, device=scale_N.device)
+            logits[member] = sparse.rows(slice(None), empty_NV)
         for edge in problem.edges:
             divergence = DIVERGENCES[edge.divergence] if isinstance(edge.divergence, str) else edge.divergence
             rows = divergence(logits[edge.student], logits[edge.teacher].detach(), edge.temperature)

@@ -16,13 +16,13 @@ import math
 import torch
 from torch import Tensor
 
-from codistill.kernels.head import Head
+from codistill.kernels.head import GivenHead, Head
 from codistill.kernels.problem import Edge, Problem
 
 Softmax = tuple[Tensor, Tensor]  # (ℓ, exp ℓ), each (R, V)
 
 
-def sweep(problem: Problem, heads: dict[str, Head], logits: dict[str, Tensor], rows: slice):
+def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str, Tensor], rows: slice):
     """As `codistill.kernels.chunked.Sweep` says."""
     labels_C, scale_C = problem.labels_N[rows], problem.scale_N[rows]
     hard_MC = scale_C.new_empty(len(heads), len(labels_C))
@@ -56,7 +56,7 @@ def _rows_per_block(vocabulary: int, device: str) -> int:
 class _Block:
     """Scratch for one block of rows: every softmax that is needed, and the gradients while they add up."""
 
-    def __init__(self, problem: Problem, heads: dict[str, Head], rows: int):
+    def __init__(self, problem: Problem, heads: dict[str, Head | GivenHead], rows: int):
         self.problem, self.heads = problem, heads
         wanted = [(member, 1.0) for member in heads]
         wanted += [(member, edge.temperature) for edge in problem.edges for member in (edge.student, edge.teacher)]

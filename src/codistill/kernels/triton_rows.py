@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from codistill.kernels.head import Head
+from codistill.kernels.head import GivenHead, Head
 from codistill.kernels.problem import Problem
 
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
@@ -25,7 +25,7 @@ STUDENT, P, T, KIND = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.cons
 LOG_2 = tl.constexpr(0.6931471805599453)
 
 
-def sweep(problem: Problem, heads: dict[str, Head], logits: dict[str, Tensor], rows: slice):
+def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str, Tensor], rows: slice):
     """As `codistill.kernels.chunked.Sweep` says."""
     labels_C, scale_C = problem.labels_N[rows], problem.scale_N[rows]
     device = labels_C.device
@@ -59,7 +59,7 @@ def sweep(problem: Problem, heads: dict[str, Head], logits: dict[str, Tensor], r
 
 def _tables(problem: Problem) -> dict:
     """What the kernel is compiled for: its softmaxes (the first M are the members' at τ = 1) and its edges."""
-    members = list(problem.hidden)
+    members = problem.members
     sides = [(member, edge.temperature) for edge in problem.edges for member in (edge.student, edge.teacher)]
     softmaxes = list(dict.fromkeys([(member, 1.0) for member in members] + sides))
     at = lambda member, edge: softmaxes.index((member, edge.temperature))  # noqa: E731

@@ -1,0 +1,75 @@
+"""Text from a causal member of a finished run."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from codistill import distributed
+from codistill.data.tokenizers import Vocabulary, load_tokenizer
+from codistill.errors import UserError
+from codistill.families import FAMILIES
+
+
+def generate(
+    folder: Path,
+    member: str,
+    prompt: str,
+    *,
+    tokens: int = 64,
+    temperature: float = 0.8,
+    seed: int = 0,
+    device: str | None = None,
+) -> str:
+    """`prompt` and what the member goes on with, at most `tokens` tokens, until a text ends.
+
+    `temperature` 0 takes the likeliest token each time. Raises UserError where there is no such member, for a masked
+    language model, and for more tokens than the model has positions.
+    """
+    place = _member(folder, member)
+    config = AutoConfig.from_pretrained(place)
+    if config.model_type not in FAMILIES or FAMILIES[config.model_type].objective != "clm":
+        raise UserError(f"{place}: {config.model_type} is no causal language model, and only those go on with a text")
+    tokenizer = load_tokenizer(place)
+    vocabulary = Vocabulary.of(tokenizer)
+    start = [] if vocabulary.start is None else [vocabulary.start]
+    ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise UserError("the prompt is empty, and the tokenizer has no token to begin with; give a word")
+    if len(ids) + tokens > config.max_position_embeddings:
+        raise UserError(
+            f"--tokens {tokens}: with the prompt's {len(ids)} more than the {config.max_position_embeddings} positions "
+            f"of {member}; ask for fewer"
+        )
+    where = distributed.start("single", device).device
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    cast(nn.Module, model).to(where)
+    torch.manual_seed(seed)
+    shown_T = torch.tensor([ids], device=where)
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
+    made_T = model.generate(
+        shown_T,
+        attention_mask=torch.ones_like(shown_T),
+        max_new_tokens=tokens,
+        eos_token_id=vocabulary.separator,
+        pad_token_id=vocabulary.separator if vocabulary.pad is None else vocabulary.pad,
+        suppress_tokens=_padding(model.config.vocab_size, vocabulary.size),
+        **drawn,
+    )[0]
+    return str(tokenizer.decode(made_T, skip_special_tokens=True))
+
+
+def _member(folder: Path, member: str) -> Path:
+    members = sorted(place.name for place in (folder / "members").glob("*") if (place / "config.json").is_file())
+    if not members:
+        raise UserError(f"{folder} holds no finished run (no members/NAME); give the folder of one")
+    if member not in members:
+        raise UserError(f"--member {member}: {folder} has no such member; there are {', '.join(members)}")
+    return folder / "members" / member
+
+
+def _padding(rows: int, vocabulary: int) -> list[int] | None:
+    """Ids beyond the tokenizer's, which a model may have for alignment."""
+    return list(range(vocabulary, rows)) or None
