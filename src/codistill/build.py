@@ -22,7 +22,7 @@ from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
-from codistill.families import FAMILIES
+from codistill.families import FAMILIES, longest
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
@@ -59,7 +59,16 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     """All of `Built` but the cohort, and the predictors for that, before they are placed."""
     _check_sources(run)
     _check_objectives({n: m.model.family for n, m in run.members.items() if m.model is not None}, run.objective.name)
-    loaded = {n: load_model(m.path, f"members.{n}.path") for n, m in run.members.items() if m.path is not None}
+    loaded = {
+        name: load_model(
+            member.path,
+            f"members.{name}.path",
+            objective=run.objective.name,
+            trust_remote_code=member.trust_remote_code,
+        )
+        for name, member in run.members.items()
+        if member.path is not None
+    }
     _check_objectives({n: model.config.model_type for n, model in loaded.items()}, run.objective.name)
     corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
@@ -245,7 +254,7 @@ def _check_objectives(families: Mapping[str, str], wanted: str) -> None:
     """UserError unless the members' families are made for the run's objective."""
     kinds = {"mlm": "masked", "clm": "causal"}
     for name, family in families.items():
-        found = FAMILIES[family].objective
+        found = FAMILIES[family].objective if family in FAMILIES else wanted  # others are loaded as what is wanted
         if found != wanted:
             fitting = ", ".join(key for key, of in FAMILIES.items() if of.objective == wanted)
             raise UserError(
@@ -291,6 +300,6 @@ def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) ->
         raise UserError(
             f"members.{name}.path: the model knows {model.config.vocab_size} tokens, the tokenizer {vocabulary}"
         )
-    positions = model.config.max_position_embeddings
-    if positions < run.data.length:
+    positions = longest(model)
+    if positions is not None and positions < run.data.length:
         raise UserError(f"data.length: {run.data.length} is more than the {positions} positions of members.{name}")

@@ -9,7 +9,19 @@ from typing import Any, Literal
 
 from codistill.schedules import Spec
 
-Family = Literal["bert", "modernbert", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text"]
+Family = Literal[
+    "bert",
+    "modernbert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "deberta-v2",
+    "gpt2",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+]
 
 
 def limited(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -45,8 +57,8 @@ class Data:
 class ModelConfig:
     """An architecture to initialise at random; its vocabulary is the tokenizer's.
 
-    `heads` None: width / 64. `key_value_heads` None: as many. `feed_forward` None: 4 · width for BERT and GPT-2,
-    1.5 · width (gated) for ModernBERT, 3 · width (gated) for the other causal families.
+    `heads` None: width / 64. `key_value_heads` None: as many. `feed_forward` None: 1.5 · width (gated) for ModernBERT,
+    4 · width for the other masked families and GPT-2, 3 · width (gated) for the other causal ones.
     """
 
     family: Family = "modernbert"
@@ -77,12 +89,14 @@ class InitConfig:
 class MemberConfig:
     """A model of the cohort: `model` (a new one) or `path` (a Hugging Face folder or hub name).
 
-    A new one starts at random, or with `init` from another model of any size.
+    A new one starts at random, or with `init` from another model of any size. `trust_remote_code`: run Python code
+    that comes with the model at `path`.
     `twin_of` names a member whose settings, initialisation and noise this one shares, for a paired comparison.
     """
 
     model: ModelConfig | None = None
     path: str | None = None
+    trust_remote_code: bool = False
     init: InitConfig | None = None
     twin_of: str | None = None
     frozen: bool = False

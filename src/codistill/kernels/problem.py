@@ -34,7 +34,7 @@ class Problem:
     """Arguments of `linear_cohort_loss` after `checked`; `scale_N` is row weight ÷ denominator."""
 
     hidden: Mapping[str, Tensor]
-    weight: Mapping[str, Tensor]
+    weight: Mapping[str, Tensor | None]
     bias: Mapping[str, Tensor | None]
     labels_N: Tensor
     hard_weight: Mapping[str, float | Tensor]
@@ -55,7 +55,7 @@ def is_fused(divergence: str | Divergence) -> bool:
 
 def checked(
     hidden: Mapping[str, Tensor],
-    weight: Mapping[str, Tensor],
+    weight: Mapping[str, Tensor | None],
     bias: Mapping[str, Tensor | None],
     labels: Tensor,
     hard_weight: Mapping[str, float | Tensor],
@@ -73,7 +73,7 @@ def checked(
         raise UserError(f"hidden: {_types(hidden)}; float64 members and others cannot be mixed")
     for edge in edges:
         _check_edge(edge, hidden)
-    rows = _vocabulary(weight, vocabulary)
+    rows = _vocabulary(hidden, weight, vocabulary)
     check_labels(labels, rows)
     return Problem(
         hidden=dict(hidden),
@@ -109,7 +109,14 @@ def _check_members(hidden: Mapping, weight: Mapping, hard_weight: Mapping) -> No
             raise UserError(f"{name}: members {sorted(given)}, but hidden has {sorted(hidden)}; name the same in both")
 
 
-def _check_shapes(member: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+def _check_shapes(member: str, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int) -> None:
+    if weight is None:
+        if hidden.dim() != 2 or len(hidden) != rows or not hidden.is_floating_point():
+            raise UserError(
+                f"member {member!r}: {hidden.dtype} logits {tuple(hidden.shape)} for {rows} labels; wanted floating "
+                "(rows, vocabulary)"
+            )
+        return
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UserError(
             f"member {member!r}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not multiply; "
@@ -147,9 +154,9 @@ def _check_weight(name: str, value: float | Tensor) -> None:
         raise UserError(f"{name}: {float(value)}; wanted a finite number")
 
 
-def _vocabulary(weight: Mapping[str, Tensor], vocabulary: int | None) -> int:
+def _vocabulary(hidden: Mapping[str, Tensor], weight: Mapping[str, Tensor | None], vocabulary: int | None) -> int:
     """Extra rows are only ever cut: nobody can say what a missing row would have predicted."""
-    sizes = {member: len(tensor) for member, tensor in weight.items()}
+    sizes = {member: hidden[member].shape[1] if tensor is None else len(tensor) for member, tensor in weight.items()}
     smallest = min(sizes, key=sizes.__getitem__)
     if vocabulary is None:
         largest = max(sizes, key=sizes.__getitem__)
