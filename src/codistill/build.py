@@ -202,8 +202,17 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
 def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
     members = [_member(run, name, predictor) for name, predictor in predictors.items()]
     edges = [
-        Distillation(e.teacher, e.student, e.divergence, schedules.build(e.weight, run.steps), e.temperature)
-        for e in run.distillation
+        Distillation(
+            teacher=edge.teacher,
+            student=edge.student,
+            divergence=edge.divergence,
+            weight=schedules.build(edge.weight, run.steps),
+            temperature=edge.temperature,
+            kind=edge.kind,
+            layers=edge.layers,
+            relation_heads=edge.relation_heads,
+        )
+        for edge in run.distillation
     ]
     return Cohort(
         members,

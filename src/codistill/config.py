@@ -109,14 +109,51 @@ class MemberConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Pairs of layers, counted from 1: the first of `student` learns from the first of `teacher`, and so on."""
+
+    student: list[int]
+    teacher: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """An edge: `teacher` teaches `student`, whose loss gains weight · τ² · divergence. The teacher gets no gradient."""
+    """An edge: `teacher` teaches `student`, whose loss gains weight · what `kind` says. The teacher gets no gradient.
+
+    `logits`: τ² · divergence. `hidden`: squared error of states. `relation`: KL of attention relations, in
+    `relation_heads` heads, by default as many as the student's. `layers`: which, by default the last of each.
+    """
 
     teacher: str
     student: str
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    kind: Literal["logits", "hidden", "relation"] = "logits"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "squared_error"] = "forward_kl"
     weight: Spec = field(default=1.0)
     temperature: float = limited(1.0, above=0)
+    layers: Layers | None = None
+    relation_heads: int | None = limited(None, low=1)
+
+
+def edge_problem(edge: Any) -> str | None:
+    """What of an edge's settings does not go together, in words, or None."""
+    if edge.kind not in ("logits", "hidden", "relation"):
+        return f"kind {edge.kind!r}; wanted logits, hidden or relation"
+    if edge.kind == "logits":
+        return "layers are for the kinds hidden and relation" if edge.layers is not None else _heads_problem(edge)
+    if edge.divergence != "forward_kl" or edge.temperature != 1:
+        return f"divergence and temperature are for the kind logits, not {edge.kind}; leave them out"
+    layers = edge.layers
+    if layers is not None and not (len(layers.student) == len(layers.teacher) > 0):
+        return f"layers: {len(layers.student)} of the student and {len(layers.teacher)} of the teacher; give pairs"
+    if layers is not None and min(*layers.student, *layers.teacher) < 1:
+        return f"layers: {min(*layers.student, *layers.teacher)}; layers are counted from 1"
+    return _heads_problem(edge)
+
+
+def _heads_problem(edge: Any) -> str | None:
+    if edge.relation_heads is not None and edge.kind != "relation":
+        return f"relation_heads are for the kind relation, not {edge.kind}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

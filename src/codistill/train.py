@@ -101,7 +101,7 @@ def _restored(run: Run, built: Built, out: Path) -> int:
 
 
 def _trained(built: Built) -> dict[str, Trained]:
-    return {m.name: Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained if m.optimizer}
+    return {m.name: Trained(built.models[m.name], m.optimizers[0], m.projections) for m in built.cohort.trained}
 
 
 def _newest(out: Path, ranks: Ranks) -> Path | None:

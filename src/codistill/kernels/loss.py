@@ -76,14 +76,18 @@ def _chosen(impl: str | None, problem: Problem) -> str:
     custom = [edge.divergence for edge in problem.edges if not is_fused(edge.divergence)]
     logits = [member for member, weight in problem.weight.items() if weight is None]
     device = problem.labels_N.device.type
+    squared = any(edge.divergence == "squared_error" for edge in problem.edges)
     if impl is None:
-        return "reference" if custom or logits else "triton" if device == "cuda" and _has_triton() else "chunked"
+        fused = "triton" if device == "cuda" and _has_triton() and not squared else "chunked"
+        return "reference" if custom or logits else fused
     if impl not in IMPLEMENTATIONS:
         raise UserError(f"impl: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if custom and impl != "reference":
         raise UserError(f"impl: {impl!r} does not know the divergence {custom[0]!r}; leave impl out or use 'reference'")
     if logits and impl != "reference":
         raise UserError(f"impl: {impl!r} takes no logits, as {logits[0]!r} gives; leave impl out or use 'reference'")
+    if impl == "triton" and squared:
+        raise UserError("impl: 'triton' does not know the divergence 'squared_error'; leave impl out or use 'chunked'")
     if impl == "triton" and not (_has_triton() and (device == "cuda" or _interpreted())):
         raise UserError(f"impl: 'triton' needs a CUDA device and the package triton, not {device}; use 'chunked'")
     return impl
