@@ -97,7 +97,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
     materials = {
         "batches": batches,
-        "held_out": [to_device(batch, device) for batch in unseen],
+        "held_out": [batch.to(device) for batch in unseen],
         "unigram": unigram_cross_entropy(corpus.unigram_counts(), unseen),
         "tokenizer": tokenizer,
         "provenance": provenance(run, [corpus, validation], tokenizer, device),
@@ -115,18 +115,6 @@ def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bf
     # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with its tensors on `device`; from pinned memory the copies do not wait."""
-    weight = batch.row_weight_N
-    return Batch(
-        {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()},
-        batch.rows_N.to(device, non_blocking=True),
-        batch.labels_N.to(device, non_blocking=True),
-        None if weight is None else weight.to(device, non_blocking=True),
-        batch.sample_ids,
-    )
 
 
 def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str, ranks: Ranks) -> Corpus:
