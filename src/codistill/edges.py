@@ -18,7 +18,7 @@ class Distillation:
       a function goes through plain autograd.
     - "hidden": squared error between the states that chosen layers give, through a learned projection where the
       widths differ.
-    - "relation": KL between the attention relations of chosen layers (MiniLMv2: Wang et al. 2021, eq. 5 to 7), in
+    - "relation": KL between the attention relations of chosen layers (MiniLMv2: Wang et al. 2021), in
       `relation_heads` heads, by default as many as the student's layers have.
 
     `layers` pairs layers, counted from 1; by default the last of each. `weight` is a number or a function of the step.

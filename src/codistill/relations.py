@@ -38,7 +38,7 @@ def relation_kl(student_BTD: Tensor, teacher_BTD: Tensor, heads: int, seen: Tens
     """(B, T) mean over `heads` relation heads of KL(teacher's relations ‖ student's) of each position, in nats.
 
     A head's relations of a position are the softmax over all positions of its scaled products with their vectors
-    (MiniLMv2: Wang et al. 2021, eq. 5 and 6); the two widths may differ, `heads` divides both. `seen`: bool, broadcast
+    (MiniLMv2: Wang et al. 2021); the two widths may differ, `heads` divides both. `seen`: bool, broadcast
     to (B, 1, T, T), false for positions that are padding. The teacher is detached.
     """
     student, teacher = _relations(student_BTD, heads, seen), _relations(teacher_BTD.detach(), heads, seen)
