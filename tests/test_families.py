@@ -18,7 +18,7 @@ from codistill.loading import load, to_dict
 from codistill.members import Predictor, load_model
 from codistill.schedules import constant
 from codistill.train import train
-from cohorts import VOCABULARY, assert_same_bits, batch, member, parameters, predictor
+from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
 from runs import refused, small_run
 
 CONFIGURED = ("bert", "modernbert", "roberta", "distilbert", "electra", "deberta-v2")
@@ -130,6 +130,32 @@ def test_positions_that_begin_after_padding_are_not_counted(text, tmp_path):
     built.save_pretrained(tmp_path / "roberta")
     run = small_run("dwt", text, f"members.weak.path={tmp_path / 'roberta'}", "data.length=39")
     refused("data.length: 39 is more than the 38 positions of members.weak", run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "bert"])
+@torch.no_grad()
+def test_positions_that_are_given_count_from_0_in_every_family(name):
+    built, given = shaken(new(name)), batch(3)
+    ids_BT = given.inputs["input_ids"].clamp_min(1)  # without padding
+    numbered = {"input_ids": ids_BT, "position_ids": torch.arange(LENGTH).expand(ids_BT.shape)}
+    assert_same_bits([built({"input_ids": ids_BT}, given.rows_N)], [built(numbered, given.rows_N)])
+
+
+@torch.no_grad()
+def test_a_causal_model_of_no_known_family_is_cut_where_it_is_proven():
+    sizes = {key: value for key, value in SIZE.items() if key != "pad_token_id"}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, num_key_value_heads=1)).eval()
+    built, given = Predictor(model, VOCABULARY), batch(3)
+    expected_NV = model(**given.inputs).logits.flatten(0, 1)[given.rows_N]
+    torch.testing.assert_close(built.logits(built(given.inputs, given.rows_N)), expected_NV, rtol=0, atol=1e-6)
+    capped = transformers.Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16, pad_token_id=None, bos_token_id=None,
+                                       eos_token_id=None, final_logit_softcapping=30.0)  # fmt: skip
+    with pytest.raises(UserError, match=r"^'gemma2': its logits are not its output embedding's"):
+        Predictor(transformers.Gemma2ForCausalLM(capped), VOCABULARY)
+    known = transformers.Gemma3TextConfig(**sizes, head_dim=16, pad_token_id=None, bos_token_id=None,
+                                          eos_token_id=None, final_logit_softcapping=30.0)  # fmt: skip
+    with pytest.raises(UserError, match=r"^'gemma3_text': its logits are not its output embedding's"):
+        Predictor(transformers.Gemma3ForCausalLM(known), VOCABULARY)
 
 
 def test_published_deberta_weights_get_their_own_head(tmp_path):

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import Layers
-from codistill.distributed import start
+from codistill.distributed import Ranks, start
 from codistill.errors import UserError
 from codistill.loading import load, parse_yaml, to_dict, to_yaml
 from codistill.members import Predictor, new_model
@@ -327,6 +327,11 @@ def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(UserError, match=message) as refusal:
         pair([Distillation("large", "small", **settings)]).step(0, batch(1))
     assert "\n" not in str(refusal.value)
+
+
+def test_relations_under_fsdp2_are_refused():
+    with pytest.raises(UserError, match="relation edges need ddp or single, not fsdp2"):
+        Cohort([member("large"), member("small")], [RELATION], ranks=Ranks(engine="fsdp2"))
 
 
 def test_a_configuration_is_refused_before_anything_is_built():

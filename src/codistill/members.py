@@ -29,7 +29,7 @@ from codistill.attention import use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
-from codistill.families import FAMILIES, Family, Parts, bend, family_of, split
+from codistill.families import FAMILIES, Family, Parts, bend, family_of, first_position, split
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -45,9 +45,10 @@ _KINDS = {
 class Predictor(nn.Module):
     """A masked or causal LM that stops before its output embedding, and after choosing the predicted rows.
 
-    `forward(inputs, rows_N)` gives the features (N, D); logits are features @ `output_weight`ᵀ + `output_bias`, of
-    which the first `vocabulary` are tokens. Takes any Hugging Face model: of a known family, or of one whose output
-    embedding is proven to give its logits (raises UserError for any other); for other modules see `from_module`.
+    `forward(inputs, rows_N)` gives the features (N, D); `position_ids` among the inputs count from 0 in every family.
+    Logits are features @ `output_weight`ᵀ + `output_bias`, of which the first `vocabulary` are tokens. Takes any
+    Hugging Face model: of a known family, or of one whose output embedding is proven to give its logits (raises
+    UserError for any other); for other modules see `from_module`.
     """
 
     def __init__(self, model: nn.Module, vocabulary: int, parts: Parts | None = None):
@@ -56,7 +57,7 @@ class Predictor(nn.Module):
             use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
         # Looked up once, because a walk through module names costs more than a tiny model's layer norm.
-        self._parts = parts or split(model)
+        self._parts, self._first_position = parts or split(model), first_position(model)
 
     @classmethod
     def from_module(
@@ -83,6 +84,8 @@ class Predictor(nn.Module):
         return cls(module, vocabulary, Parts(features, output))
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
+        if self._first_position and "position_ids" in inputs:
+            inputs = {**inputs, "position_ids": inputs["position_ids"] + self._first_position}
         return self._parts.features(inputs, rows_N)
 
     @property

@@ -13,7 +13,7 @@ from codistill.families.masked import MASKED, MASKED_LEGACY
 
 FAMILIES: Mapping[str, Family] = {**MASKED, **CAUSAL}
 
-__all__ = ["FAMILIES", "Family", "Parts", "bend", "family_of", "longest", "split"]
+__all__ = ["FAMILIES", "Family", "Parts", "bend", "family_of", "first_position", "longest", "split"]
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:
@@ -41,10 +41,16 @@ def bend(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def first_position(model: nn.Module) -> int:
+    """The number that a sequence's first position has: 0, or where a family counts from its padding token on, as
+    RoBERTa does, the one after that."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return cast(int, module.padding_idx) + 1
+    return 0
+
+
 def longest(model: PreTrainedModel) -> int | None:
     """How many tokens a sequence may have, or None where nothing bounds it."""
-    for name, module in model.named_modules():
-        # Positions that are counted from the padding token on, as RoBERTa's are, have a padding index.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return module.num_embeddings - module.padding_idx - 1  # type: ignore[operator, return-value]
-    return getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else positions - first_position(model)
