@@ -148,14 +148,14 @@ def test_a_causal_model_of_no_known_family_is_cut_where_it_is_proven():
     built, given = Predictor(model, VOCABULARY), batch(3)
     expected_NV = model(**given.inputs).logits.flatten(0, 1)[given.rows_N]
     torch.testing.assert_close(built.logits(built(given.inputs, given.rows_N)), expected_NV, rtol=0, atol=1e-6)
-    capped = transformers.Gemma2Config(**sizes, num_key_value_heads=1, head_dim=16, pad_token_id=None, bos_token_id=None,
-                                       eos_token_id=None, final_logit_softcapping=30.0)  # fmt: skip
-    with pytest.raises(UserError, match=r"^'gemma2': its logits are not its output embedding's"):
-        Predictor(transformers.Gemma2ForCausalLM(capped), VOCABULARY)
-    known = transformers.Gemma3TextConfig(**sizes, head_dim=16, pad_token_id=None, bos_token_id=None,
-                                          eos_token_id=None, final_logit_softcapping=30.0)  # fmt: skip
-    with pytest.raises(UserError, match=r"^'gemma3_text': its logits are not its output embedding's"):
-        Predictor(transformers.Gemma3ForCausalLM(known), VOCABULARY)
+    sizes |= {"head_dim": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    sizes |= {"final_logit_softcapping": 30.0}
+    for capped in (
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, num_key_value_heads=1)),
+        transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes)),
+    ):
+        with pytest.raises(UserError, match=r"^'gemma\d.*': its logits are not its output embedding's"):
+            Predictor(capped, VOCABULARY)
 
 
 def test_published_deberta_weights_get_their_own_head(tmp_path):

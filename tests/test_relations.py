@@ -242,6 +242,17 @@ def test_every_family_gives_its_states_and_relations(family):
     assert cohort.failure() is None
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_gradient_checkpointing_changes_nothing(family):
+    plain, thrifty = (pair([HIDDEN, RELATION], family) for _ in range(2))
+    for one in thrifty.members.values():
+        one.predictor.model.activation_checkpointing_enable()
+    for cohort in (plain, thrifty):
+        cohort.step(0, [padded(1), padded(2)])
+    for a, b in zip(parameters(plain, "small"), parameters(thrifty, "small"), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
 # ---- runs --------------------------------------------------------------------------------------
 
 
