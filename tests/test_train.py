@@ -220,8 +220,8 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
 
     refused("members.weak.path: .* is no model folder", with_path(tmp_path / "none"), tmp_path / "run")
     (tmp_path / "gpt").mkdir()
-    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2"}')
-    refused("is of the family 'gpt2'; supported are bert, modernbert", with_path(tmp_path / "gpt"), tmp_path / "run")
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "vit"}')
+    refused("is of the family 'vit'; supported are bert, modernbert", with_path(tmp_path / "gpt"), tmp_path / "run")
     (tmp_path / "gpt" / "config.json").write_text("{")
     refused("members.weak.path: .* cannot be loaded", with_path(tmp_path / "gpt"), tmp_path / "run")
     copy = tmp_path / "copy"
