@@ -116,6 +116,8 @@ def oracle(case: Case, dtype: torch.dtype = torch.float64):
 
 
 def _divergence(student_NV: Tensor, teacher_NV: Tensor, edge: Edge) -> Tensor:
+    if edge.divergence == "squared_error":
+        return functional.mse_loss(student_NV, teacher_NV, reduction="none").mean(-1)
     log_p, log_t = ((z / edge.temperature).log_softmax(-1) for z in (student_NV, teacher_NV))
     kl = lambda a, b: functional.kl_div(b, a, log_target=True, reduction="none").sum(-1)  # noqa: E731
     if edge.divergence == "jensen_shannon":

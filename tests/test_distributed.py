@@ -37,7 +37,7 @@ def placed(
 ) -> Member:
     built = predictor(name, layers, dropout=kwargs.pop("dropout", 0.0), **kwargs)
     if not tied:
-        output = built._output[0]
+        output = built._parts.output
         output.weight = torch.nn.Parameter(output.weight.detach().clone())
     if ranks.rank:  # what rank 0 has must win
         with torch.no_grad():

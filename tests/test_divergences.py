@@ -33,6 +33,7 @@ def test_against_scipy(name, temperature):
         "forward_kl": scipy.special.rel_entr(t, p).sum(-1),
         "reverse_kl": scipy.special.rel_entr(p, t).sum(-1),
         "jensen_shannon": (scipy.special.rel_entr(p, m) + scipy.special.rel_entr(t, m)).sum(-1) / 2,
+        "squared_error": ((student - teacher).numpy() ** 2).mean(-1) / temperature**2,
     }[name]
     got = DIVERGENCES[name](student, teacher, temperature)
     torch.testing.assert_close(got, torch.from_numpy(temperature**2 * expected), rtol=1e-12, atol=1e-12)

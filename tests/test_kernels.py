@@ -49,13 +49,20 @@ def test_equals_autograd_for_every_set_of_edges(members):
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jensen_shannon", "squared_error"])
 def test_every_divergence_and_temperature(impl, divergence, temperature):
     edges = [Edge("ann", "bob", 0.7, temperature, divergence), Edge("bob", "ann", 1.3, temperature, divergence)]
     assert worst_error(make(edges=edges, spread=4.0), impl=impl) < 1e-12
 
 
 SHAPES = [*itertools.product([1, 7, 252, 507], [11, 1000]), (1, 30522), (7, 30522), (252, 30522)]
+
+
+@pytest.mark.parametrize("poisoned", [True], ids=["poisoned"], indirect=True)
+def test_squared_error_beside_other_divergences_in_many_chunks(poisoned):
+    edges = [Edge("ann", "bob", 0.7, 3.0, "squared_error"), Edge("bob", "ann", 0.5, 2.0), Edge("cyd", "bob")]
+    for chunk_rows in (1, 4, 100):
+        assert worst_error(make(3, rows=9, edges=edges), impl="chunked", chunk_rows=chunk_rows) < 1e-12
 
 
 @pytest.mark.parametrize("poisoned", [True], ids=["poisoned"], indirect=True)

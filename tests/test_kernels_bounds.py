@@ -49,6 +49,13 @@ def edge(**changes) -> list[Edge]:
     return [Edge("ann", "bob")._replace(**changes)]
 
 
+LOGITS = {
+    "hidden": {"ann": torch.zeros(7, 5), "bob": torch.zeros(7, 11)},
+    "weight": {"ann": torch.zeros(11, 5), "bob": None},
+    "bias": {},
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,6 +77,14 @@ def edge(**changes) -> list[Edge]:
         ({"vocabulary": 0}, "vocabulary: 0"),
         ({"impl": "fast"}, "impl: 'fast' is not one of reference, chunked, triton"),
         ({"impl": "chunked", "edges": edge(divergence=forward_kl)}, "impl: 'chunked' does not know the divergence"),
+        (
+            {"impl": "triton", "edges": edge(divergence="squared_error")},
+            "impl: 'triton' does not know .*'squared_error'",
+        ),
+        ({**LOGITS, "impl": "chunked"}, "impl: 'chunked' takes no logits, as 'bob' gives; leave impl out"),
+        ({"weight": {"ann": None, "bob": None}}, "vocabulary: 'ann' has 5 rows, 'bob' has 3; pass vocabulary="),
+        ({"weight": {"ann": torch.zeros(11, 5), "bob": None}, "vocabulary": 5}, "vocabulary: 5, but 'bob' has 3 rows"),
+        ({"weight": {"ann": None, "bob": None}, "vocabulary": 3}, r"labels: \d+ is outside the vocabulary of 3"),
         ({"hidden": {}, "weight": {}}, "hidden: no members"),
         ({"weight": {"ann": torch.zeros(11, 5)}}, r"weight: members \['ann'\]"),
         ({"weight": {"ann": torch.zeros(11, 4), "bob": torch.zeros(11, 3)}}, r"\(7, 5\) and weight \(11, 4\) do not"),
@@ -84,6 +99,22 @@ def test_bad_input(change, message):
     arguments = vars(case) | change
     with pytest.raises(UserError, match=message):
         linear_cohort_loss(**arguments)
+
+
+def test_logits_of_fewer_or_more_rows_than_labels_are_refused():
+    case = make()
+    case.weight["ann"], case.hidden["ann"] = None, torch.zeros(6, 11)
+    with pytest.raises(UserError, match=r"member 'ann': torch.float32 logits \(6, 11\) for 7 labels"):
+        case.loss()
+
+
+def test_logits_in_place_of_features_give_the_same_loss():
+    whole, given = make(edges=BOTH_WAYS), make(edges=BOTH_WAYS)
+    logits = given.hidden["ann"] @ given.weight["ann"].T + given.bias["ann"]
+    given.weight["ann"], given.bias["ann"], given.hidden["ann"] = None, None, logits
+    expected, got = whole.loss(impl="reference"), given.loss()
+    torch.testing.assert_close(got.total, expected.total, rtol=1e-12, atol=0)
+    assert torch.autograd.grad(got.total, logits)[0].abs().max() > 0
 
 
 def test_an_int_is_no_features():
@@ -113,6 +144,7 @@ def test_triton_needs_its_device(monkeypatch):
         ("cuda", True, "forward_kl", "triton"),
         ("cuda", False, "forward_kl", "chunked"),
         ("cuda", True, forward_kl, "reference"),
+        ("cuda", True, "squared_error", "chunked"),
     ],
 )
 def test_dispatch(monkeypatch, device, triton, divergence, expected):

@@ -231,10 +231,8 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
         with_path(tmp_path / "gpt"),
         tmp_path / "run",
     )
-    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "t5"}')
-    refused(
-        "is of the family 't5'; supported are bert, modernbert, gpt2", with_path(tmp_path / "gpt"), tmp_path / "run"
-    )
+    (tmp_path / "gpt" / "config.json").write_text('{"model_type": "vit"}')
+    refused("is of the family 'vit'; supported are bert, modernbert", with_path(tmp_path / "gpt"), tmp_path / "run")
     (tmp_path / "gpt" / "config.json").write_text("{")
     refused("members.weak.path: .* cannot be loaded", with_path(tmp_path / "gpt"), tmp_path / "run")
     copy = tmp_path / "copy"

@@ -3,12 +3,16 @@
 The public names; each is imported when first used, so that `import codistill` does not wait for torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codistill.cohort import Cohort, Distillation, Member
-    from codistill.config import Run
+    from codistill.cohort import Cohort, Member
+    from codistill.config import Layers, Run
+    from codistill.edges import Distillation
+    from codistill.errors import UserError
     from codistill.evaluate.run import evaluate
     from codistill.kernels import Edge, linear_cohort_loss
     from codistill.loading import load as load_run
@@ -21,11 +25,13 @@ if TYPE_CHECKING:
 _HOME = {
     "Batch": ("objectives", "Batch"),
     "Cohort": ("cohort", "Cohort"),
-    "Distillation": ("cohort", "Distillation"),
+    "Distillation": ("edges", "Distillation"),
     "Edge": ("kernels", "Edge"),
+    "Layers": ("config", "Layers"),
     "Member": ("cohort", "Member"),
     "Predictor": ("members", "Predictor"),
     "Run": ("config", "Run"),
+    "UserError": ("errors", "UserError"),
     "evaluate": ("evaluate.run", "evaluate"),
     "find_recipe": ("recipes", "find"),
     "linear_cohort_loss": ("kernels", "linear_cohort_loss"),
@@ -39,9 +45,11 @@ __all__ = [
     "Cohort",
     "Distillation",
     "Edge",
+    "Layers",
     "Member",
     "Predictor",
     "Run",
+    "UserError",
     "evaluate",
     "find_recipe",
     "linear_cohort_loss",
@@ -49,6 +57,17 @@ __all__ = [
     "remap_folder",
     "train",
 ]
+
+
+class _Package(ModuleType):
+    """Keeps the module `codistill.train` from taking the place of the function, as the import system would have it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

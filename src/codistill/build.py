@@ -24,8 +24,8 @@ from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
+from codistill.families import longest
 from codistill.families.supported import check_objective
-from codistill.kernels import SparseLogits
 from codistill.machine import compile_layers, why_not_compile
 from codistill.members import Predictor, call_options, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
@@ -69,7 +69,13 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     for name, member in run.members.items():
         if member.model is not None:
             check_objective(member.model.family, wanted, f"members.{name}.model.family")
-    loaded = {n: load_model(m.path, f"members.{n}.path", wanted) for n, m in run.members.items() if m.path is not None}
+    loaded = {
+        name: load_model(
+            member.path, f"members.{name}.path", objective=wanted, trust_remote_code=member.trust_remote_code
+        )
+        for name, member in run.members.items()
+        if member.path is not None
+    }
     corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
@@ -99,7 +105,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     batches.beside = partial(_beside, caches)
     materials = {
         "batches": batches,
-        "held_out": [to_device(batch, device) for batch in unseen],
+        "held_out": [batch.to(device) for batch in unseen],
         "unigram": unigram_cross_entropy(corpus.unigram_counts(), unseen),
         "tokenizer": tokenizer,
         "provenance": provenance(run, [corpus, validation], tokenizer, device),
@@ -128,25 +134,6 @@ def resolved_compile(run: Run, device: torch.device) -> bool:
     if reason:
         print(f"codistill: going on without compiling, as this machine cannot: {reason}", file=sys.stderr)
     return run.compile and not reason
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` with its tensors on `device`; from pinned memory the copies do not wait."""
-    weight = batch.row_weight_N
-    return Batch(
-        {name: tensor.to(device, non_blocking=True) for name, tensor in batch.inputs.items()},
-        batch.rows_N.to(device, non_blocking=True),
-        batch.labels_N.to(device, non_blocking=True),
-        None if weight is None else weight.to(device, non_blocking=True),
-        batch.sample_ids,
-        {name: _moved(cached, device) for name, cached in batch.cached.items()},
-    )
-
-
-def _moved(cached: Tensor | SparseLogits, device: torch.device) -> Tensor | SparseLogits:
-    if isinstance(cached, Tensor):
-        return cached.to(device, non_blocking=True)
-    return SparseLogits(*(tensor.to(device, non_blocking=True) for tensor in cached))
 
 
 @dataclass
@@ -246,8 +233,17 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
 def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
     members = [_member(run, name, predictor) for name, predictor in predictors.items()]
     edges = [
-        Distillation(e.teacher, e.student, e.divergence, schedules.build(e.weight, run.steps), e.temperature)
-        for e in run.distillation
+        Distillation(
+            teacher=edge.teacher,
+            student=edge.student,
+            divergence=edge.divergence,
+            weight=schedules.build(edge.weight, run.steps),
+            temperature=edge.temperature,
+            kind=edge.kind,
+            layers=edge.layers,
+            relation_heads=edge.relation_heads,
+        )
+        for edge in run.distillation
     ]
     return Cohort(
         members,
@@ -332,6 +328,6 @@ def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) ->
         raise UserError(
             f"members.{name}.path: the model knows {model.config.vocab_size} tokens, the tokenizer {vocabulary}"
         )
-    positions = model.config.max_position_embeddings
-    if positions < run.data.length:
+    positions = longest(model)
+    if positions is not None and positions < run.data.length:
         raise UserError(f"data.length: {run.data.length} is more than the {positions} positions of members.{name}")

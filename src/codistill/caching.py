@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from codistill import distributed
-from codistill.build import build_frozen, resolved_precision, to_device
+from codistill.build import build_frozen, resolved_precision
 from codistill.config import Run
 from codistill.data.batches import Batches
 from codistill.divergences import forward_kl
@@ -82,7 +81,7 @@ def plan(
     place = distributed.start("single", device).device
     run = replace(run, precision=resolved_precision(run, place))
     frozen = build_frozen(run, name, place)
-    vocabulary, width = frozen.predictor.vocabulary, frozen.predictor.output_weight.shape[1]
+    vocabulary, width = frozen.predictor.vocabulary, _width(frozen.predictor)
     most = 255 if kind == "sampled" else vocabulary
     if kind != "features" and not 0 < few <= most:
         raise UserError(f"--k {few}: {kind} keeps between 1 and {most} tokens of a row")
@@ -152,7 +151,7 @@ def _manifest(plan: Plan, sizes: dict[str, int]) -> dict[str, Any]:
 @torch.no_grad()
 def _outputs(plan: Plan, batch: Batch, seed: int) -> dict[str, Tensor]:
     """What is stored of a micro-batch, by name; adds to the divergences."""
-    here = to_device(batch, plan.predictor.output_weight.device)
+    here = batch.to(plan.predictor.device)
     precision = getattr(torch, plan.run.precision)
     with torch.autocast(here.labels_N.device.type, precision, enabled=precision != torch.float32):
         features_ND = plan.predictor(here.inputs, here.rows_N).float()
@@ -195,14 +194,16 @@ def _chunk(plan: Plan, features_CD: Tensor, weight_C: Tensor, seed: int) -> dict
 
 def _log_p(plan: Plan, features_CD: Tensor) -> Tensor:
     """Log-probabilities (C, V) in float32, of the tokenizer's vocabulary."""
-    weight_VD, bias_V = plan.predictor.output_weight, plan.predictor.output_bias
-    size = plan.predictor.vocabulary
-    logits_CV = functional.linear(features_CD, weight_VD[:size], None if bias_V is None else bias_V[:size])
-    return torch.log_softmax(logits_CV, -1)
+    return torch.log_softmax(plan.predictor.logits(features_CD), -1)
 
 
 def _note_error(plan: Plan, cached_CV: Tensor, true_CV: Tensor, weight_C: Tensor) -> None:
     plan._divergences.append(torch.stack([forward_kl(cached_CV, true_CV) @ weight_C, weight_C.sum()]).double().cpu())
+
+
+def _width(predictor: Predictor) -> int:
+    weight_VD = predictor.output_weight
+    return predictor.vocabulary if weight_VD is None else weight_VD.shape[1]
 
 
 def _name(dtype: torch.dtype) -> str:

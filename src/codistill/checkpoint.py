@@ -3,6 +3,7 @@
     checkpoints/step-00000100/
         large/config.json, model.safetensors     loads with `from_pretrained`
         large/optimizer.safetensors              one tensor per (moment, parameter)
+        large/projections.safetensors            of hidden-state edges to it, where there are any
         manifest.json                            step, score, and the size and SHA-256 of every file; written last
 
 A folder is written beside its place, flushed, and renamed; nothing in it is ever unpickled.
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -35,6 +36,12 @@ class Trained(NamedTuple):
 
     model: PreTrainedModel
     optimizer: Optimizer
+    projections: nn.Module = nn.ModuleDict()  # trained with the model, and no part of it
+
+    def parameters(self) -> dict[str, Tensor]:
+        """All that the optimizer may hold moments of, by name."""
+        beside = {f"projections.{name}": parameter for name, parameter in self.projections.named_parameters()}
+        return {**dict(self.model.named_parameters()), **beside}
 
 
 class Snapshot(NamedTuple):
@@ -43,6 +50,7 @@ class Snapshot(NamedTuple):
     config: str
     parameters: dict[str, Tensor]
     moments: dict[str, Tensor]
+    projections: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,8 @@ class Saver:
 def snapshot(member: Trained, ranks: Ranks = ALONE) -> Snapshot:
     """A copy of `member`'s state in rank 0's host memory, which is all of it; the other ranks' copies are empty."""
     parameters, moments = gathered(distinct(member.model), ranks), gathered(_moments(member), ranks)
-    return Snapshot(member.model.config.to_json_string(), parameters, moments)
+    projections = gathered(member.projections.state_dict(keep_vars=True), ranks)
+    return Snapshot(member.model.config.to_json_string(), parameters, moments, projections)
 
 
 def distinct(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -125,6 +134,8 @@ def write(
             (fresh / name / "config.json").write_text(member.config)
             save_file(member.parameters, fresh / name / "model.safetensors", metadata={"format": "pt"})
             save_file(member.moments, fresh / name / "optimizer.safetensors")
+            if member.projections:
+                save_file(member.projections, fresh / name / "projections.safetensors")
         _write_manifest(fresh, step, score)
     for old in _dropped(folder, retention):
         shutil.rmtree(old, ignore_errors=True)
@@ -179,7 +190,8 @@ def load(place: Path, members: Mapping[str, Trained]) -> int:
         raise UserError(f"{place}: the checkpoint holds {', '.join(held)}, but the run trains {', '.join(members)}")
     for name, member in members.items():
         try:
-            _restore_parameters(place / name, member.model)
+            _restore(place / name / "model.safetensors", distinct(member.model))
+            _restore(place / name / "projections.safetensors", member.projections.state_dict(keep_vars=True))
             _restore_moments(member, load_file(place / name / "optimizer.safetensors"))
         except SafetensorError as error:
             raise UserError(f"{place / name} holds what is no tensor file ({error}); remove the checkpoint") from None
@@ -230,14 +242,14 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 @torch.no_grad()
-def _restore_parameters(folder: Path, model: PreTrainedModel) -> None:
-    tensors, state = load_file(folder / "model.safetensors"), distinct(model)
+def _restore(file: Path, state: Mapping[str, Tensor]) -> None:
+    tensors = load_file(file) if file.exists() else {}
     wrong = [name for name in tensors if name not in state or state[name].shape != tensors[name].shape]
     wrong += [name for name in state if name not in tensors]
     if wrong:
         raise UserError(
-            f"{folder}: the checkpoint is of a model of another shape ({wrong[0]} does not match); resume with the "
-            "configuration that it was made with"
+            f"{file.parent}: the checkpoint is of a model of another shape ({wrong[0]} does not match); resume with "
+            "the configuration that it was made with"
         )
     for name, tensor in state.items():
         tensor.copy_(like(tensors[name], tensor))
@@ -246,13 +258,13 @@ def _restore_parameters(folder: Path, model: PreTrainedModel) -> None:
 def _moments(member: Trained) -> dict[str, Tensor]:
     return {
         f"{moment}/{name}": tensor
-        for name, parameter in member.model.named_parameters()
+        for name, parameter in member.parameters().items()
         for moment, tensor in member.optimizer.state.get(parameter, {}).items()
     }
 
 
 def _restore_moments(member: Trained, moments: Mapping[str, Tensor]) -> None:
-    parameters = dict(member.model.named_parameters())
+    parameters = member.parameters()
     member.optimizer.state.clear()
     for key, tensor in moments.items():
         moment, name = key.split("/", 1)

@@ -15,14 +15,17 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from codistill.distributed import ALONE, Ranks
+from codistill.edges import Distillation
+from codistill.errors import UserError
 from codistill.kernels import CohortLoss, Edge, SparseLogits, linear_cohort_loss, linear_cohort_regression
 from codistill.members import Predictor
 from codistill.objectives import Batch
-from codistill.schedules import Schedule, constant
+from codistill.relations import Relations, Weighted
+from codistill.schedules import Schedule, value_at
 from codistill.seeds import seed_of
 from codistill.watch import Failure, Watch
 
@@ -31,40 +34,63 @@ from codistill.watch import Failure, Watch
 class Member:
     """A node: a model, trained if it has an optimizer and frozen if it has none.
 
-    Any optimizer will do; with one of PyTorch's made with `fused=True` a step never waits for the device.
-    `lr` and `hard_weight` are functions of the step; `clip` bounds the gradient's norm; dropout noise is keyed by
-    `noise_key`, by default the name, so that it does not depend on who else is in the cohort.
+    Any optimizer will do, or several that share the parameters out; with one of PyTorch's made with `fused=True` a step
+    never waits for the device. `lr` and `hard_weight` are numbers or functions of the step; without `lr` the learning
+    rate is left to the optimizer and its scheduler. `clip` bounds the gradient's norm; dropout noise is keyed by
+    `noise_key`, by default the name, so that it does not depend on who else is in the cohort. Parameters that are
+    frozen when it is made stay so; raises UserError where that leaves nothing to train.
     """
 
     name: str
     predictor: Predictor
-    optimizer: Optimizer | None = None
-    lr: Schedule = constant(1e-3)
-    hard_weight: Schedule = constant(1.0)
+    optimizer: Optimizer | Sequence[Optimizer] | None = None
+    lr: float | Schedule | None = None
+    hard_weight: float | Schedule = 1.0
     clip: float = 1.0
     noise_key: str = ""
+    projections: nn.ModuleDict = field(init=False, repr=False, default_factory=nn.ModuleDict)
     parameters: list[Tensor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.noise_key = self.noise_key or self.name
-        self.predictor.train(self.is_trained).requires_grad_(self.is_trained)
         self.parameters = list(self.predictor.parameters())
+        self.predictor.train(self.is_trained)
+        if not self.is_trained:
+            self.predictor.requires_grad_(False)
+        elif not self._learns():
+            raise UserError(
+                f"member {self.name!r}: its optimizer has none of its parameters that require a gradient, so nothing "
+                "is left to train; unfreeze some, or give no optimizer for a frozen teacher"
+            )
 
     @property
     def is_trained(self) -> bool:
         """Whether the member learns."""
-        return self.optimizer is not None
+        return bool(self.optimizers)
 
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """None for a frozen member."""
+        if self.optimizer is None or isinstance(self.optimizer, Optimizer):
+            return [] if self.optimizer is None else [self.optimizer]
+        return self.optimizer
 
-@dataclass(frozen=True)
-class Distillation:
-    """An edge: `teacher` teaches `student`, whose loss gains weight · τ² · divergence(student, teacher detached)."""
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All that is trained with the member: its predictor, and projections that are no part of its model."""
+        return [self.predictor, *self.projections.values()]
 
-    teacher: str
-    student: str
-    divergence: str = "forward_kl"
-    weight: Schedule = constant(1.0)
-    temperature: float = 1.0
+    def train_too(self, projections: nn.ModuleDict) -> None:
+        """Trains `projections` with the member, by its last optimizer."""
+        self.projections, parameters = projections, list(projections.parameters())
+        if parameters:
+            self.parameters += parameters
+            self.optimizers[-1].add_param_group({"params": parameters})
+
+    def _learns(self) -> bool:
+        mine = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        return any(id(parameter) in mine for group in groups for parameter in group["params"])
 
 
 class Cohort:
@@ -87,32 +113,42 @@ class Cohort:
         ranks: Ranks = ALONE,
     ):
         self.members = {member.name: member for member in members}
-        self.distillation = list(distillation)
         self.seed, self.precision, self.ranks = seed, precision, ranks
         self.trained = [member for member in members if member.is_trained]
+        _check(members, distillation, ranks)
+        models = {member.name: member.predictor.model for member in members}
+        self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)
+        self.distillation = self._relations.edges
+        for name, projections in self._relations.projections.items():
+            for projection in projections.values():
+                ranks.place(projection)
+            self.members[name].train_too(projections)
         self.device = self.trained[0].parameters[0].device
         self._watch = Watch([member.name for member in self.trained], self.device, skip_non_finite)
 
-    def step(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def step(self, step: int, micro_batches: Batch | Sequence[Batch]) -> dict[str, Tensor]:
         """One update of every trained member, all from the parameters before the step; returns device scalars.
 
-        The loss is the mean over the predicted rows of all micro-batches on all ranks. Metrics: `NAME/hard` and
-        `NAME/from_TEACHER` (nats, unweighted), `NAME/grad_norm` (before clipping). Never waits for the device.
+        The loss is the mean over the predicted rows of all micro-batches on all ranks; of edges below the logits, over
+        all positions that are not padding. Metrics: `NAME/hard`, `NAME/from_TEACHER` (nats),
+        `NAME/hidden_from_TEACHER`, `NAME/relation_from_TEACHER`, all unweighted, and `NAME/grad_norm` (before
+        clipping). Never waits for the device.
         """
         metrics = self.gradients(step, micro_batches)
         return metrics | self._update(step, metrics)
 
-    def gradients(self, step: int, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def gradients(self, step: int, micro_batches: Batch | Sequence[Batch]) -> dict[str, Tensor]:
         """The part of `step` before the update: adds to every trained member's gradients; returns the losses."""
-        edges = [edge for edge in self._edges(step) if edge.weight != 0]
-        taking_part = [m for m in self.members.values() if m.is_trained or any(m.name == e.teacher for e in edges)]
-        (denominator,) = self.ranks.sum([_num_rows(micro_batches, self.device)])
+        micro_batches = [micro_batches] if isinstance(micro_batches, Batch) else micro_batches
+        active = [(edge, weight) for edge in self.distillation if (weight := edge.weight_at(step)) != 0]
+        counts = [_num_rows(micro_batches, self.device), *self._relations.count(micro_batches)]
+        counts = self.ranks.sum(counts)
         losses = []
         for index, batch in enumerate(micro_batches):
-            features = {m.name: self._features(m, batch, step, index) for m in taking_part}
-            losses.append(self._loss(features, batch, step, edges, denominator))
-            self._backward(losses[-1].total, is_last=index == len(micro_batches) - 1)
-        metrics = _summed(losses, edges)
+            total, parts = self._losses(batch, step, index, active, counts)
+            losses.append(parts)
+            self._backward(total, is_last=index == len(micro_batches) - 1)
+        metrics = {name: _sum([parts[name] for parts in losses]) for name in losses[0]}
         return dict(zip(metrics, self.ranks.sum(list(metrics.values())), strict=True))
 
     def failure(self) -> Failure | None:
@@ -125,8 +161,28 @@ class Cohort:
 
     # ---- the parts of a step ---------------------------------------------------------------------
 
-    def _edges(self, step: int) -> list[Edge]:
-        return [Edge(d.teacher, d.student, d.weight(step), d.temperature, d.divergence) for d in self.distillation]
+    def _losses(
+        self, batch: Batch, step: int, index: int, active: Sequence[Weighted], counts: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(the loss of a micro-batch, its parts by name)."""
+        teachers = {edge.teacher for edge, _ in active}
+        inner = [(edge, weight) for edge, weight in active if edge.kind != "logits"]
+        of_logits = [(edge, weight) for edge, weight in active if edge.kind == "logits"]
+        features, kept = {}, {}
+        for member in self.members.values():
+            if member.is_trained or member.name in teachers:
+                with self._relations.picking_up(member.name, inner) as kept[member.name]:
+                    features[member.name] = self._features(member, batch, step, index)
+        # A frozen teacher of hidden states only needs no logits.
+        silent = set(features) - {edge.teacher for edge, _ in of_logits} - {member.name for member in self.trained}
+        features = {name: features_ND for name, features_ND in features.items() if name not in silent}
+        edges = [Edge(e.teacher, e.student, weight, e.temperature, e.divergence) for e, weight in of_logits]
+        loss = self._loss(features, batch, step, edges, counts[0])
+        below = self._relations.losses(inner, kept, batch, counts[-1])
+        parts = {f"{name}/hard": hard for name, hard in loss.hard.items()}
+        parts |= {edge.name: soft for (edge, _), soft in zip(of_logits, loss.soft, strict=True)}
+        parts |= {edge.name: soft.detach() for (edge, _), soft in zip(inner, below, strict=True)}
+        return sum((weight * soft for (_, weight), soft in zip(inner, below, strict=True)), loss.total), parts
 
     def _features(self, member: Member, batch: Batch, step: int, micro_batch: int) -> Tensor | SparseLogits:
         """(N, D) features of the predicted rows, or what is cached in their place.
@@ -159,7 +215,7 @@ class Cohort:
                 {m.name: m.predictor.output_weight for m in members},
                 {m.name: m.predictor.output_bias for m in members},
                 batch.labels_N,
-                hard_weight={m.name: m.hard_weight(step) if m.is_trained else 0.0 for m in members},
+                hard_weight={m.name: value_at(m.hard_weight, step) if m.is_trained else 0.0 for m in members},
                 edges=edges,
                 row_weight=batch.row_weight_N,
                 denominator=denominator,
@@ -167,7 +223,7 @@ class Cohort:
 
     def _backward(self, total: Tensor, *, is_last: bool) -> None:
         """Adds to the gradients; with the last micro-batch's they become those of all ranks."""
-        self.ranks.before_backward([m.predictor for m in self.trained], is_last=is_last)
+        self.ranks.before_backward([module for m in self.trained for module in m.modules], is_last=is_last)
         total.backward()
         if is_last:
             self.ranks.reduce([m.parameters for m in self.trained])
@@ -181,7 +237,8 @@ class Cohort:
         norms = self.ranks.clip([(m.parameters, m.clip) for m in self.trained])
         suppressed = self._watch.observe(step, [metrics[f"{m.name}/hard"] for m in self.trained], norms)
         for member in self.trained:
-            _step_optimizer(member, member.lr(step), suppressed)
+            for optimizer in member.optimizers:
+                _step_optimizer(optimizer, None if member.lr is None else value_at(member.lr, step), suppressed)
         return {f"{m.name}/grad_norm": norm for m, norm in zip(self.trained, norms, strict=True)}
 
 
@@ -193,17 +250,17 @@ def _seed_noise(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
 
 
-def _step_optimizer(member: Member, lr: float, suppressed: Tensor) -> None:
-    assert member.optimizer is not None
-    for group in member.optimizer.param_groups:
-        group["lr"] = lr
-    if all(group.get("fused") for group in member.optimizer.param_groups):
+def _step_optimizer(optimizer: Optimizer, lr: float | None, suppressed: Tensor) -> None:
+    if lr is not None:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    if all(group.get("fused") for group in optimizer.param_groups):
         # PyTorch's fused optimizers skip the update on the device where `found_inf` is 1, as for a gradient scaler.
-        member.optimizer.found_inf = suppressed  # type: ignore[attr-defined]
-        member.optimizer.step()
+        optimizer.found_inf = suppressed  # type: ignore[attr-defined]
+        optimizer.step()
     elif not bool(suppressed):  # any other optimizer has to be asked from the host, which waits for the device
-        member.optimizer.step()
-    member.optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
@@ -212,12 +269,25 @@ def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
     return torch.full((), full, dtype=torch.float32, device=device) + sum(weights)
 
 
-def _summed(losses: Sequence[CohortLoss], edges: Sequence[Edge]) -> dict[str, Tensor]:
-    metrics = {f"{name}/hard": _sum([loss.hard[name] for loss in losses]) for name in losses[0].hard}
-    for index, edge in enumerate(edges):
-        metrics[f"{edge.student}/from_{edge.teacher}"] = _sum([loss.soft[index] for loss in losses])
-    return metrics
-
-
 def _sum(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
+
+
+def _check(members: Sequence[Member], edges: Sequence[Distillation], ranks: Ranks) -> None:
+    names = [member.name for member in members]
+    trained = [member.name for member in members if member.is_trained]
+    if not trained:
+        raise UserError("members: none is trained, so nothing would learn; give at least one an optimizer")
+    if len(set(names)) < len(names):
+        raise UserError(f"members: {', '.join(names)}; give each a name of its own")
+    for edge in edges:
+        for name in (edge.teacher, edge.student):
+            if name not in names:
+                raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: no member {name!r}; there are {names}")
+        if edge.student not in trained:
+            raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: {edge.student!r} is frozen and cannot learn")
+        if edge.kind == "relation" and ranks.engine == "fsdp2":
+            raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: relation edges need ddp or single, not fsdp2")
+    kinds = [edge.name for edge in edges]
+    if len(set(kinds)) < len(kinds):
+        raise UserError(f"edges: {', '.join(kinds)}; keep one edge of each kind between two members")

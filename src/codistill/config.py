@@ -9,7 +9,19 @@ from typing import Any, Literal
 
 from codistill.schedules import Spec
 
-Family = Literal["bert", "modernbert", "gpt2", "llama", "qwen2", "qwen3", "gemma3_text"]
+Family = Literal[
+    "bert",
+    "modernbert",
+    "roberta",
+    "distilbert",
+    "electra",
+    "deberta-v2",
+    "gpt2",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma3_text",
+]
 
 
 def limited(default: Any, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
@@ -45,8 +57,8 @@ class Data:
 class ModelConfig:
     """An architecture to initialise at random; its vocabulary is the tokenizer's.
 
-    `heads` None: width / 64. `key_value_heads` None: as many. `feed_forward` None: 4 · width for BERT and GPT-2,
-    1.5 · width (gated) for ModernBERT, 3 · width (gated) for the other causal families.
+    `heads` None: width / 64. `key_value_heads` None: as many. `feed_forward` None: 1.5 · width (gated) for ModernBERT,
+    4 · width for the other masked families and GPT-2, 3 · width (gated) for the other causal ones.
     """
 
     family: Family = "modernbert"
@@ -77,13 +89,15 @@ class InitConfig:
 class MemberConfig:
     """A model of the cohort: `model` (a new one) or `path` (a Hugging Face folder or hub name).
 
-    A new one starts at random, or with `init` from another model of any size.
+    A new one starts at random, or with `init` from another model of any size. `trust_remote_code`: run Python code
+    that comes with the model at `path`.
     `cached`: a folder of `codistill cache-teacher`, read in place of running a frozen member (docs/causal.md).
     `twin_of` names a member whose settings, initialisation and noise this one shares, for a paired comparison.
     """
 
     model: ModelConfig | None = None
     path: str | None = None
+    trust_remote_code: bool = False
     init: InitConfig | None = None
     twin_of: str | None = None
     frozen: bool = False
@@ -97,14 +111,51 @@ class MemberConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layers:
+    """Pairs of layers, counted from 1: the first of `student` learns from the first of `teacher`, and so on."""
+
+    student: list[int]
+    teacher: list[int]
+
+
+@dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """An edge: `teacher` teaches `student`, whose loss gains weight · τ² · divergence. The teacher gets no gradient."""
+    """An edge: `teacher` teaches `student`, whose loss gains weight · what `kind` says. The teacher gets no gradient.
+
+    `logits`: τ² · divergence. `hidden`: squared error of states. `relation`: KL of attention relations, in
+    `relation_heads` heads, by default as many as the student's. `layers`: which, by default the last of each.
+    """
 
     teacher: str
     student: str
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
+    kind: Literal["logits", "hidden", "relation"] = "logits"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "squared_error"] = "forward_kl"
     weight: Spec = field(default=1.0)
     temperature: float = limited(1.0, above=0)
+    layers: Layers | None = None
+    relation_heads: int | None = limited(None, low=1)
+
+
+def edge_problem(edge: Any) -> str | None:
+    """What of an edge's settings does not go together, in words, or None."""
+    if edge.kind not in ("logits", "hidden", "relation"):
+        return f"kind {edge.kind!r}; wanted logits, hidden or relation"
+    if edge.kind == "logits":
+        return "layers are for the kinds hidden and relation" if edge.layers is not None else _heads_problem(edge)
+    if edge.divergence != "forward_kl" or edge.temperature != 1:
+        return f"divergence and temperature are for the kind logits, not {edge.kind}; leave them out"
+    layers = edge.layers
+    if layers is not None and not (len(layers.student) == len(layers.teacher) > 0):
+        return f"layers: {len(layers.student)} of the student and {len(layers.teacher)} of the teacher; give pairs"
+    if layers is not None and min(*layers.student, *layers.teacher) < 1:
+        return f"layers: {min(*layers.student, *layers.teacher)}; layers are counted from 1"
+    return _heads_problem(edge)
+
+
+def _heads_problem(edge: Any) -> str | None:
+    if edge.relation_heads is not None and edge.kind != "relation":
+        return f"relation_heads are for the kind relation, not {edge.kind}"
+    return None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,24 +47,29 @@ def jensen_shannon(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 
     return temperature**2 * (_kl(log_p, log_m) + _kl(log_t, log_m)) / 2
 
 
-def squared_error(student_N: Tensor, teacher_N: Tensor) -> Tensor:
-    """(student − teacher)² of every row: shape (N,). What an edge is where members predict numbers, not classes."""
-    return (student_N - teacher_N).square()
+def squared_error(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean over the vocabulary of the squared difference of the logits, of every row: shape (N,).
+
+        loss = τ² Σ_v (z_v / τ − z'_v / τ)² / V = Σ_v (z_v − z'_v)² / V       (logit matching: Ba and Caruana 2014)
+
+    Its gradient is 2 (student − teacher) / V at every temperature: for large τ twice forward KL's, except that it also
+    asks the student to share the rows' means. Otherwise as `forward_kl`.
+    """
+    _check_shapes(student_NV, teacher_NV)
+    dtype = torch.promote_types(student_NV.dtype, torch.float32)
+    return (student_NV.to(dtype) - teacher_NV.to(dtype)).square().mean(-1)
 
 
 DIVERGENCES: Mapping[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jensen_shannon": jensen_shannon,
+    "squared_error": squared_error,
 }
 
 
 def _log_softmaxes(student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    if student_NV.shape != teacher_NV.shape:
-        raise ValueError(
-            f"a divergence compares logits of one shape, not {tuple(student_NV.shape)} (student) with "
-            f"{tuple(teacher_NV.shape)} (teacher); cut both to the tokenizer's vocabulary"
-        )
+    _check_shapes(student_NV, teacher_NV)
     dtype = torch.promote_types(student_NV.dtype, torch.float32)
     return (
         torch.log_softmax(student_NV.to(dtype) / temperature, dim=-1),
@@ -76,3 +81,11 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     """Σ[a (ln a − ln b) − a + b] per row: Bregman's form, every term ≥ 0, so close models keep their digits."""
     a, b = log_a.exp(), log_b.exp()
     return (a * (log_a - log_b) - a + b).sum(-1)
+
+
+def _check_shapes(student_NV: Tensor, teacher_NV: Tensor) -> None:
+    if student_NV.shape != teacher_NV.shape:
+        raise ValueError(
+            f"a divergence compares logits of one shape, not {tuple(student_NV.shape)} (student) with "
+            f"{tuple(teacher_NV.shape)} (teacher); cut both to the tokenizer's vocabulary"
+        )

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from codistill import schedules
-from codistill.config import ModelConfig, Run
+from codistill.config import ModelConfig, Run, edge_problem
 from codistill.errors import UserError
 
 Part = TypeVar("Part")
@@ -205,10 +205,12 @@ def _check_whole(run: Run) -> None:
         raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
     for index, edge in enumerate(run.distillation):
         _check_edge(run, edge, f"distillation.{index}")
-    pairs = [(edge.teacher, edge.student) for edge in run.distillation]
+    pairs = [(edge.teacher, edge.student, edge.kind) for edge in run.distillation]
     for index, pair in enumerate(pairs):
         if pair in pairs[:index]:
-            raise UserError(f"distillation.{index}: {pair[0]!r} teaches {pair[1]!r} already; keep one edge of a pair")
+            raise UserError(
+                f"distillation.{index}: {pair[0]!r} teaches {pair[1]!r} already; keep one edge of a pair and kind"
+            )
     if run.batch.sequences % run.batch.accumulate:
         raise UserError(
             f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
@@ -261,6 +263,9 @@ def _check_edge(run: Run, edge: Any, field: str) -> None:
         raise UserError(f"{field}: {edge.teacher!r} cannot teach itself; name another teacher or student")
     if run.members[edge.student].frozen:
         raise UserError(f"{field}.student: {edge.student!r} is frozen and cannot learn; unfreeze it or drop the edge")
+    problem = edge_problem(edge)
+    if problem is not None:
+        raise UserError(f"{field}: {problem}")
 
 
 # ---- plain trees -------------------------------------------------------------------------------

@@ -4,16 +4,22 @@ What is specific to a family stands in `codistill.families`. Shape suffixes: B s
 D width, N predicted rows, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -23,48 +29,89 @@ from codistill.attention import use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
-from codistill.families import FAMILIES, Family
-from codistill.families.supported import check_config, check_folder, check_model, check_objective
+from codistill.families import FAMILIES, Family, Parts, bend, family_of, first_position, split
+from codistill.families.supported import check_folder, check_full_precision, check_model, check_objective
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
 transformers_logging.disable_progress_bar()
 
+Objective = Literal["mlm", "clm"]
+_KINDS = {
+    "mlm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "masked"),
+    "clm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "causal"),
+}
+
 
 class Predictor(nn.Module):
     """A masked or causal LM that stops before its output embedding, and after choosing the predicted rows.
 
-    `forward(inputs, rows_N)` gives the features (N, D); logits are features @ `output_weight`ᵀ + `output_bias`, of
-    which the first `vocabulary` are tokens.
+    `forward(inputs, rows_N)` gives the features (N, D); `position_ids` among the inputs count from 0 in every family.
+    Logits are features @ `output_weight`ᵀ + `output_bias`, of which the first `vocabulary` are tokens. Takes any
+    Hugging Face model: of a known family, or of one whose output embedding is proven to give its logits (raises
+    UserError for any other); for other modules see `from_module`.
     """
 
-    def __init__(self, model: PreTrainedModel, vocabulary: int):
+    def __init__(self, model: nn.Module, vocabulary: int, parts: Parts | None = None):
         super().__init__()
-        check_model(model)
-        family = FAMILIES[model.config.model_type]
-        use_short_attention(model)
+        if isinstance(model, PreTrainedModel):
+            check_model(model)
+            use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
-        # In lists, so that the parts are not registered twice, and looked up once, because a walk through module names
-        # costs more than a tiny model's layer norm.
-        transform = nn.Identity() if family.transform is None else model.get_submodule(family.transform)
-        self._parts = [model.get_submodule(family.backbone), transform]
-        self._output = [cast(nn.Linear, model.get_submodule(family.output))]
-        self._options = call_options(model)
+        # Looked up once, because a walk through module names costs more than a tiny model's layer norm.
+        self._parts, self._first_position = parts or split(model), first_position(model)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        features: Callable[[Mapping[str, Tensor], Tensor], Tensor],
+        output: nn.Module | None = None,
+        *,
+        vocabulary: int,
+    ) -> "Predictor":
+        """A predictor of any module, from `features(inputs, rows_N)`, a function of a batch's inputs and its rows.
+
+        It gives (N, D), and `output`, a part of `module`, has a `weight` (at least V, D) and maybe a `bias`. Without
+        `output` it gives the logits themselves (N, at least V), which go through the reference loss: plain autograd on
+        N × V tensors. `module` holds all parameters. Raises UserError where `output` has no weight of that shape.
+        """
+        weight = getattr(output, "weight", None)
+        if output is not None and (weight is None or weight.dim() != 2 or len(weight) < vocabulary):
+            shape = "no weight" if weight is None else f"a weight of shape {tuple(weight.shape)}"
+            raise UserError(
+                f"output: {type(output).__name__} has {shape}; wanted an output embedding of at least {vocabulary} "
+                "rows, or no output where features gives logits"
+            )
+        return cls(module, vocabulary, Parts(features, output))
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
-        backbone, transform = self._parts
-        hidden_BTD = backbone(**inputs, **self._options).last_hidden_state
-        return transform(hidden_BTD.flatten(0, 1).index_select(0, rows_N))
+        if self._first_position and "position_ids" in inputs:
+            inputs = {**inputs, "position_ids": inputs["position_ids"] + self._first_position}
+        return self._parts.features(inputs, rows_N)
 
     @property
-    def output_weight(self) -> Tensor:
-        """(at least V, D): rows beyond the tokenizer's vocabulary are for the loss to cut."""
-        return self._output[0].weight
+    def output_weight(self) -> Tensor | None:
+        """(at least V, D): rows beyond the vocabulary are for the loss to cut. None: the features are logits."""
+        return self._parts.weight
 
     @property
     def output_bias(self) -> Tensor | None:
         """As long as `output_weight`, or None."""
-        return self._output[0].bias
+        return self._parts.bias
+
+    def logits(self, features_ND: Tensor) -> Tensor:
+        """(N, V), in float32 at least."""
+        wide_NV = features_ND.to(torch.promote_types(features_ND.dtype, torch.float32))
+        if self.output_weight is not None:
+            bias_V = None if self.output_bias is None else self.output_bias[: self.vocabulary]
+            return functional.linear(wide_NV, self.output_weight[: self.vocabulary], bias_V)
+        return wide_NV[:, : self.vocabulary]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.parameters()).device
 
     @property
     def num_parameters(self) -> int:
@@ -74,7 +121,8 @@ class Predictor(nn.Module):
 
 def call_options(model: PreTrainedModel) -> dict[str, bool]:
     """What to call `model` with in training: one that keeps keys and values takes documents for one another's past."""
-    return {"use_cache": False} if FAMILIES[model.config.model_type].objective == "clm" else {}
+    family = family_of(model.config)
+    return {"use_cache": False} if family is not None and family.objective == "clm" else {}
 
 
 def new_model(
@@ -95,24 +143,53 @@ def new_model(
     hugging_face_config.vocab_size = vocabulary
     for token, number in _special_tokens(tokenizer, family).items():
         setattr(hugging_face_config, f"{token}_token_id", number)
+    if family.counts_from_padding:
+        # Without a padding token nothing is padded: any number will do, and 0 wastes the fewest positions.
+        hugging_face_config.pad_token_id = hugging_face_config.pad_token_id or 0
+        hugging_face_config.max_position_embeddings += hugging_face_config.pad_token_id + 1
     torch.manual_seed(seed_of(seed, "initialisation", name))
     return family.model(hugging_face_config)
 
 
-def load_model(path: str, field: str, objective: str | None = None, *, needs_head: bool = True) -> PreTrainedModel:
-    """The LM in a folder or of a hub name, in float32; raises UserError naming `field`, also for one that is not made
-    for `objective`, where one is given. Without `needs_head` its LM head may be missing there, and is then random."""
+def load_model(
+    path: str,
+    field: str,
+    objective: Objective | None = None,
+    *,
+    needs_head: bool = True,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The LM in a folder or of a hub name, in float32; raises UserError naming `field`.
+
+    `objective`: what it is to be trained for, where one is given; a model of another kind is refused, and one of a
+    family that we do not know is loaded for it. Without `needs_head` its LM head may be missing there, and is then
+    random. `trust_remote_code`: whether Python code that comes with the model may be run.
+    """
     check_folder(Path(path), field)
     if _is_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{field}: {path!r} is no model folder (it has no config.json); give a folder or a hub name")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config_dict, _ = PreTrainedConfig.get_config_dict(path)
+        if "auto_map" in config_dict and config_dict.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
+            raise UserError(
+                f"{field}: {path!r} comes with code of its own, which runs only if you trust it: read it, then give "
+                f"{field.removesuffix('.path')}.trust_remote_code: true"
+            )
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise UserError(f"{field}: {path!r} cannot be loaded: {_first_line(error)}") from None
-    check_config(config, path, field)
+    check_full_precision(config, path, field)
     if objective is not None:
         check_objective(config.model_type, objective, f"{field}: {path!r}")
-    return _load_weights(path, FAMILIES[config.model_type], field, needs_head)
+    family = family_of(config)
+    objective = family.objective if family is not None else objective or "mlm"
+    _check_supported(config, objective, path, field, trust_remote_code)
+    model = _load_weights(path, field, config, objective, trust_remote_code, needs_head)
+    try:
+        split(model)
+    except UserError as error:
+        raise UserError(f"{field}: {path!r} is of the family {error}; supported are {', '.join(FAMILIES)}") from None
+    return model
 
 
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
@@ -132,16 +209,40 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -
     return ids
 
 
-def _load_weights(path: str, family: Family, field: str, needs_head: bool) -> PreTrainedModel:
-    auto, kind = {
-        "mlm": (AutoModelForMaskedLM, "masked"),
-        "clm": (AutoModelForCausalLM, "causal"),
-    }[family.objective]
+def _check_supported(config: PreTrainedConfig, objective: Objective, path: str, field: str, trusted: bool) -> None:
+    """UserError where the logits are no linear function of features, or the family has no such model."""
+    bent = bend(config)
+    if bent is not None:
+        raise UserError(
+            f"{field}: {path!r} has {bent}, and the loss knows no caps or scales of logits; give a model without"
+        )
+    code = getattr(config, "auto_map", {}) if trusted else {}
+    auto, mapping, _ = _KINDS[objective]
+    if type(config) not in mapping and auto.__name__ not in code:
+        raise UserError(
+            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(FAMILIES)}"
+        )
+
+
+def _load_weights(
+    path: str, field: str, config: PreTrainedConfig, objective: Objective, trust_remote_code: bool, needs_head: bool
+) -> PreTrainedModel:
+    auto, _, kind = _KINDS[objective]
+    load = partial(
+        auto.from_pretrained,
+        path,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
     try:
-        model, report = auto.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        model, report = load(config=config)
+        if any(key.startswith("lm_predictions.lm_head.") for key in report["unexpected_keys"]):
+            config.legacy = False  # DeBERTa's published weights have one head, and its default configuration the other
+            model, report = load(config=config)
     except Exception as error:  # safetensors and the hub have error types of their own, none of them documented
         raise UserError(f"{field}: the weights in {path!r} cannot be read: {_first_line(error)}") from None
-    needed = "" if needs_head else f"{family.backbone}."
+    needed = "" if needs_head else f"{model.base_model_prefix}."
     missing = sorted(key for key in report["missing_keys"] if key.startswith(needed))
     if missing:
         raise UserError(

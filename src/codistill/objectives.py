@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from codistill.data.tokenizers import Vocabulary
     from codistill.kernels import SparseLogits
 
+IGNORED = -100  # Hugging Face's label of what is not predicted
 _NEVER = np.uint64(2**64 - 1)
 
 
@@ -42,6 +43,42 @@ class Batch:
     row_weight_N: Tensor | None = None
     sample_ids: tuple[int, ...] = ()
     cached: Mapping[str, Tensor | SparseLogits] = field(default_factory=dict)
+
+    @classmethod
+    def from_labels(cls, given: Mapping[str, Tensor], *, causal: bool = False) -> Batch:
+        """The batch that a Hugging Face collator gave: `labels` (B, T) int64, −100 where nothing is predicted; the rest
+        goes to the backbones.
+
+        `causal`: a label is that of its own position, as their causal models take it, and is predicted from the
+        position before. Waits for the device if the labels are on one. Raises UserError for labels that do not fit.
+        """
+        inputs = {name: tensor for name, tensor in given.items() if name != "labels"}
+        labels_BT = _labels(given)
+        if causal:
+            labels_BT = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
+        rows_N = (labels_BT.flatten() != IGNORED).nonzero()[:, 0]
+        return cls(inputs, rows_N, labels_BT.flatten()[rows_N])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """This batch with its tensors on `device`; from pinned memory the copies do not wait."""
+        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        weight = None if self.row_weight_N is None else move(self.row_weight_N)
+        inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
+        cached = {
+            name: move(given) if isinstance(given, Tensor) else type(given)(*map(move, given))
+            for name, given in self.cached.items()
+        }
+        return Batch(inputs, move(self.rows_N), move(self.labels_N), weight, self.sample_ids, cached)
+
+
+def _labels(given: Mapping[str, Tensor]) -> Tensor:
+    labels, ids = given.get("labels"), given.get("input_ids")
+    if labels is None:
+        raise UserError(f"batch: {', '.join(given)}; wanted labels too, −100 where nothing is predicted")
+    if labels.dtype != torch.int64 or labels.dim() != 2 or (ids is not None and labels.shape != ids.shape):
+        wanted = "(sequences, positions)" if ids is None else str(tuple(ids.shape))
+        raise UserError(f"labels: {labels.dtype} of shape {tuple(labels.shape)}; wanted int64 of shape {wanted}")
+    return labels
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,11 @@ def constant(value: float) -> Schedule:
     return lambda step: value
 
 
+def value_at(value: float | Schedule, step: int) -> float:
+    """A number as it is, or a schedule's value at `step`."""
+    return value(step) if callable(value) else value
+
+
 def build(spec: Spec, steps: int) -> Schedule:
     """step -> value for a run of `steps` steps. `spec` has passed `check`."""
     if not isinstance(spec, Mapping):

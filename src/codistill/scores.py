@@ -70,13 +70,11 @@ def _sums_of(predictor: Predictor, batch: Batch, precision: torch.dtype) -> Tens
 
 def _sums(predictor: Predictor, features_ND: Tensor, batch: Batch) -> Tensor:
     """(3,) float64: summed loss, right guesses, rows."""
-    weight_VD, bias_V = predictor.output_weight[: predictor.vocabulary], predictor.output_bias
-    bias_V = None if bias_V is None else bias_V[: predictor.vocabulary]
     row_weight_N = _row_weight(batch)
     loss = right = torch.zeros((), dtype=torch.float64, device=features_ND.device)
     for at in range(0, len(features_ND), _ROWS_AT_ONCE):
         rows = slice(at, at + _ROWS_AT_ONCE)
-        logits_NV = functional.linear(features_ND[rows].float(), weight_VD, bias_V)
+        logits_NV = predictor.logits(features_ND[rows])
         labels_N, weight_N = batch.labels_N[rows], row_weight_N[rows].double()
         loss = loss + functional.cross_entropy(logits_NV, labels_N, reduction="none").double() @ weight_N
         right = right + (logits_NV.argmax(-1) == labels_N).double() @ weight_N

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from codistill import checkpoint, distributed
-from codistill.build import Built, build, resolved_compile, resolved_precision, to_device
+from codistill.build import Built, build, resolved_compile, resolved_precision
 from codistill.checkpoint import Retention, Saver, Trained
 from codistill.config import Run
 from codistill.data.prefetch import prefetched
@@ -103,7 +103,7 @@ def _restored(run: Run, built: Built, out: Path) -> int:
 
 
 def _trained(built: Built) -> dict[str, Trained]:
-    return {m.name: Trained(built.models[m.name], m.optimizer) for m in built.cohort.trained if m.optimizer}
+    return {m.name: Trained(built.models[m.name], m.optimizers[0], m.projections) for m in built.cohort.trained}
 
 
 def _newest(out: Path, ranks: Ranks) -> Path | None:
@@ -152,7 +152,7 @@ def _loop(
     scores: dict[str, Score] = {}
     ranks = built.cohort.ranks
     for done, micro_batches in enumerate(batches, start=first + 1):
-        metrics = built.cohort.step(done - 1, [to_device(batch, built.cohort.device) for batch in micro_batches])
+        metrics = built.cohort.step(done - 1, [batch.to(built.cohort.device) for batch in micro_batches])
         ends, score = done == run.steps, None
         if ends or done % run.log.every == 0:
             ranks.together(partial(_report, built, done, metrics, log, advance))

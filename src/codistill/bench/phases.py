@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from codistill.bench.step_providers import logit_edges
 from codistill.build import Built
 from codistill.objectives import Batch
 
@@ -17,7 +18,7 @@ def phases(built: Built, batches: Sequence[Sequence[Batch]], runs: int) -> dict[
     cohort, device = built.cohort, built.cohort.device
     seconds: dict[str, list[float]] = {name: [] for name in ("data", "forward", "loss", "backward", "update")}
     for step in range(runs + 1):
-        batch, edges = batches[step % len(batches)][0], cohort._edges(step)
+        batch, edges = batches[step % len(batches)][0], logit_edges(cohort, step)
         rows = torch.full((), float(len(batch.labels_N)), device=device)
         clock = _Clock(device)
         clock.time("data", lambda: built.batches.at(step))  # noqa: B023  called at once

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from codistill.bench.measure import interleaved, machine, peak_bytes, summary
 from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_providers import Loop, ours, ours_apart, plain
-from codistill.build import build, resolved_precision, to_device
+from codistill.build import build, resolved_precision
 from codistill.config import Run
 from codistill.costs import forward_cost, head_flops
 from codistill.errors import UserError
@@ -66,7 +66,7 @@ def bench_step(
     place = torch.device(device)
     run = replace(run, precision=resolved_precision(run, place))
     built = build(run, place)
-    batches = [[to_device(b, place) for b in built.batches.at(step)] for step in range(runs + 2)]
+    batches = [[b.to(place) for b in built.batches.at(step)] for step in range(runs + 2)]
     rows: dict[str, dict] = {name: {"provider": name} for name in chosen}
     loops = _comparable(run, place, batches[0], rows)
     for name, loop in loops.items():

@@ -8,15 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
 from codistill.build import Built, build
+from codistill.cohort import Cohort
 from codistill.config import Run
+from codistill.families import split
 from codistill.kernels import Edge
 from codistill.objectives import Batch
+from codistill.schedules import value_at
 
 
 @dataclass
@@ -68,11 +71,11 @@ def plain(
             model.set_attn_implementation("sdpa")
         hidden = {name: _logits_at(model, all_rows, liger, compiled) for name, model in models.items()}
         loss = torch.compile(_plain_loss, dynamic=False) if compiled else _plain_loss
-        optimizers = {m.name: _adamw(m.optimizer) for m in cohort.trained if m.optimizer is not None}
+        optimizers = {m.name: _adamw(m.optimizers[0]) for m in cohort.trained}
 
         def gradients(step: int, micro_batches: Sequence[Batch]) -> None:
-            edges = [e for e in cohort._edges(step) if e.weight != 0]
-            hard = {m.name: float(m.hard_weight(step)) for m in cohort.trained}
+            edges = logit_edges(cohort, step)
+            hard = {m.name: float(value_at(m.hard_weight, step)) for m in cohort.trained}
             for batch in micro_batches:
                 with torch.autocast(device.type, cohort.precision, enabled=cohort.precision != torch.float32):
                     found = {}
@@ -89,7 +92,7 @@ def plain(
             for member in cohort.trained:
                 torch.nn.utils.clip_grad_norm_(member.predictor.parameters(), member.clip)
                 for group in optimizers[member.name].param_groups:
-                    group["lr"] = member.lr(step)
+                    group["lr"] = 0.0 if member.lr is None else value_at(member.lr, step)
                 optimizers[member.name].step()
                 optimizers[member.name].zero_grad(set_to_none=True)
 
@@ -110,40 +113,26 @@ def _of_cohort(built: Built) -> Loop:
 
 def _logits_at(model: PreTrainedModel, all_rows: bool, liger: bool, compiled: bool) -> Callable[[Batch], Tensor]:
     """(rows, V) logits, or with `liger` (rows, D) features, of the predicted rows, or of all positions."""
-    head = _Head(model)
+    features, output = split(model).features, model.get_output_embeddings()
 
     def on_rows(batch: Batch) -> Tensor:
-        features_ND = head.features(batch)
-        return features_ND if liger else head.output(features_ND)
+        features_ND = features(batch.inputs, batch.rows_N)
+        return features_ND if liger else output(features_ND)
 
     def on_all(batch: Batch) -> Tensor:
         return model(**batch.inputs).logits.flatten(0, 1)
 
     chosen = on_all if all_rows else on_rows
     if compiled:
-        model.forward = torch.compile(model.forward, dynamic=False)  # type: ignore[method-assign]
-        head.compile()
+        model.compile(dynamic=False)
+        features = torch.compile(features, dynamic=False)
     return chosen
 
 
-class _Head:
-    """A masked LM's parts, called as a hand-written loop would."""
-
-    def __init__(self, model: PreTrainedModel):
-        from codistill.families import FAMILIES
-
-        family = FAMILIES[model.config.model_type]
-        self.backbone = model.get_submodule(family.backbone)
-        self.transform = model.get_submodule(family.transform) if family.transform else nn.Identity()
-        self.output = model.get_submodule(family.output)
-
-    def features(self, batch: Batch) -> Tensor:
-        hidden_BTD = self.backbone(**batch.inputs).last_hidden_state
-        return self.transform(hidden_BTD.flatten(0, 1)[batch.rows_N])
-
-    def compile(self) -> None:
-        self.backbone = torch.compile(self.backbone, dynamic=False)  # type: ignore[assignment]
-        self.transform = torch.compile(self.transform, dynamic=False)  # type: ignore[assignment]
+def logit_edges(cohort: Cohort, step: int) -> list[Edge]:
+    """The cohort's edges between logits that weigh something at `step`."""
+    weighed = [(e, e.weight_at(step)) for e in cohort.distillation if e.kind == "logits"]
+    return [Edge(e.teacher, e.student, weight, e.temperature, e.divergence) for e, weight in weighed if weight != 0]
 
 
 def _all_labels(batch: Batch) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from codistill.data.tokenizers import Vocabulary, encoder_of
@@ -116,7 +115,7 @@ def likelihoods(
     score = partial(_score_rows, predictor, unique, sentences, mask, precision)
     found_S = np.zeros(len(unique))
     batches = list(_by_length(unique, masked=mask is not None))
-    for rows, scores in zip(batches, spread(score, batches, predictor.output_weight.device), strict=True):
+    for rows, scores in zip(batches, spread(score, batches, predictor.device), strict=True):
         found_S[rows] = scores
         advance(len(rows))
     return found_S[inverse_S]
@@ -131,7 +130,7 @@ def _score_rows(
     rows: np.ndarray,
 ) -> np.ndarray:
     """Likelihoods of sentences of one length."""
-    ids_ST = torch.from_numpy(np.stack([ids[row] for row in rows])).to(predictor.output_weight.device)
+    ids_ST = torch.from_numpy(np.stack([ids[row] for row in rows])).to(predictor.device)
     last = ids_ST.shape[1] + sentences.last
     inputs, rows_N, labels_N = (_masked if mask is not None else _shifted)(ids_ST, sentences.first, last, mask)
     with torch.autocast(ids_ST.device.type, precision, enabled=precision != torch.float32):
@@ -159,11 +158,9 @@ def _shifted(ids_ST: Tensor, first: int, last: int, _: int | None) -> tuple[Tens
 
 
 def _log_probabilities(predictor: Predictor, features_ND: Tensor, labels_N: Tensor) -> Tensor:
-    weight_VD, bias_V = predictor.output_weight[: predictor.vocabulary], predictor.output_bias
-    bias_V = None if bias_V is None else bias_V[: predictor.vocabulary]
     found = []
     for at in range(0, len(labels_N), _ROWS_AT_ONCE):
-        logits_NV = functional.linear(features_ND[at : at + _ROWS_AT_ONCE].float(), weight_VD, bias_V)
+        logits_NV = predictor.logits(features_ND[at : at + _ROWS_AT_ONCE])
         gold_N = logits_NV.gather(1, labels_N[at : at + _ROWS_AT_ONCE, None]).squeeze(1)
         top_N1 = logits_NV.amax(1, keepdim=True)
         found.append(gold_N - top_N1.squeeze(1) - logits_NV.sub_(top_N1).exp_().sum(1).log_())

@@ -17,7 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from codistill import schedules
-from codistill.build import adamw, to_device
+from codistill.build import adamw
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.evaluate.encode import Encoded, batch_of, prediction_order, training_order
 from codistill.evaluate.protocol import RATE_TIMES_WIDTH_SQUARED, Protocol
@@ -84,7 +84,7 @@ def fine_tune(
     step = 0
     for epoch in range(protocol.epochs):
         for rows in training_order(train.encoded.length_N, protocol.batch, seed, epoch)[: steps - step]:
-            cohort.step(step, [to_device(batch_of(train.encoded, rows, train.label_N), cohort.device)])
+            cohort.step(step, [batch_of(train.encoded, rows, train.label_N).to(cohort.device)])
             step += 1
             advance(len(rows))
         if failure := cohort.failure():
@@ -141,7 +141,7 @@ class Best:
 
 def _outputs(predictor: SequencePredictor, encoded: Encoded, precision: torch.dtype, rows: np.ndarray) -> np.ndarray:
     device = predictor.output_weight.device
-    batch = to_device(batch_of(encoded, rows, None), device)
+    batch = batch_of(encoded, rows, None).to(device)
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
         features_ND = predictor(batch.inputs, batch.rows_N)
     return functional.linear(features_ND.float(), predictor.output_weight, predictor.output_bias).cpu().numpy()

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from codistill import objectives
-from codistill.build import to_device
 from codistill.data.batches import held_out
 from codistill.data.prepare import cached
 from codistill.data.sources import find_sources, fingerprint
@@ -102,7 +101,7 @@ def _score_text(subject: Subject, source: str, length: int, protocol: Protocol, 
     corpus = cached([source], subject.tokenizer)
     batches = held_out(corpus, objective, length=length, sequences=_SEQUENCES_AT_ONCE, seed=0)
     device = subject.model.device
-    return score_batches(subject.predictor(), [to_device(batch, device) for batch in batches], precision)
+    return score_batches(subject.predictor(), [batch.to(device) for batch in batches], precision)
 
 
 def _objective(subject: Subject, protocol: Protocol) -> Any:

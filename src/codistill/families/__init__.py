@@ -1,11 +1,56 @@
 """Architectures: what is specific to a family of models stands here, and nowhere else."""
 
 from collections.abc import Mapping
+from typing import cast
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from codistill.families.causal import CAUSAL
-from codistill.families.family import Family
-from codistill.families.masked import MASKED
+from codistill.families.family import Family, Parts, parts_of
+from codistill.families.found import found
+from codistill.families.masked import MASKED, MASKED_LEGACY
 
 FAMILIES: Mapping[str, Family] = {**MASKED, **CAUSAL}
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "Family", "Parts", "bend", "family_of", "first_position", "longest", "split"]
+
+
+def family_of(config: PreTrainedConfig) -> Family | None:
+    """The row of the table that describes models of `config`, or None."""
+    known = MASKED_LEGACY if getattr(config, "legacy", False) and config.model_type in MASKED_LEGACY else FAMILIES
+    return known.get(config.model_type)
+
+
+def split(model: nn.Module) -> Parts:
+    """`model` cut before its output embedding, by the table or by proof; UserError where neither can say how."""
+    family = family_of(model.config) if isinstance(model, PreTrainedModel) else None
+    # A subclass may do anything to the logits, and some settings do.
+    if family is None or type(model) is not family.model or bend(model.config) is not None:
+        return found(model)
+    return parts_of(cast(PreTrainedModel, model), family)
+
+
+def bend(config: PreTrainedConfig) -> str | None:
+    """The setting of `config` that caps or scales logits, so that they are no linear function of features, or None."""
+    plain = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
+    for key, as_they_are in plain.items():
+        value = getattr(config, key, None)
+        if value not in (None, as_they_are):
+            return f"{key} {value}"
+    return None
+
+
+def first_position(model: nn.Module) -> int:
+    """The number that a sequence's first position has: 0, or where a family counts from its padding token on, as
+    RoBERTa does, the one after that."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return cast(int, module.padding_idx) + 1
+    return 0
+
+
+def longest(model: PreTrainedModel) -> int | None:
+    """How many tokens a sequence may have, or None where nothing bounds it."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return None if positions is None else positions - first_position(model)

@@ -9,9 +9,6 @@ from codistill.errors import UserError
 from codistill.families.causal import CAUSAL
 from codistill.families.masked import MASKED
 
-# What bends a model's logits after its output embedding, and the value that leaves them as they are.
-_BENT = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
-
 
 def check_folder(path: Path, field: str) -> None:
     """UserError for a folder of a LoRA or other adapter, with or without the model it belongs to."""
@@ -21,20 +18,8 @@ def check_folder(path: Path, field: str) -> None:
         )
 
 
-def check_config(config: PreTrainedConfig, path: str, field: str) -> None:
-    """UserError unless the logits are a linear function of features that a family of ours gives, in full precision."""
-    for key, plain in _BENT.items():
-        value = getattr(config, key, None)
-        if value not in (None, plain):
-            raise UserError(
-                f"{field}: {path!r} has {key} {value}, and the loss knows no caps or scales of logits; "
-                "give a model without"
-            )
-    families = [*MASKED, *CAUSAL]
-    if config.model_type not in families:
-        raise UserError(
-            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(families)}"
-        )
+def check_full_precision(config: PreTrainedConfig, path: str, field: str) -> None:
+    """UserError for a model that is stored in 8 or 4 bits."""
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized
@@ -42,9 +27,9 @@ def check_config(config: PreTrainedConfig, path: str, field: str) -> None:
 
 
 def check_objective(family: str, wanted: str, field: str) -> None:
-    """UserError unless `family` is made for the objective `wanted`."""
+    """UserError if `family` is known to be made for another objective than `wanted`."""
     of, kinds = {**MASKED, **CAUSAL}, {"mlm": "masked", "clm": "causal"}
-    found = of[family].objective
+    found = of[family].objective if family in of else wanted
     if found != wanted:
         fitting = ", ".join(name for name, each in of.items() if each.objective == wanted)
         raise UserError(

@@ -5,6 +5,7 @@ Shape suffixes: N predicted rows, C rows of one chunk, M members, E edges, V voc
 """
 
 from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def _heads(problem: Problem, chunk_rows: int, wants: list[bool]) -> dict[str, He
     heads = {
         member: Head(
             problem.hidden[member],
-            problem.weight[member],
+            cast(Tensor, problem.weight[member]),
             problem.bias[member],
             problem.vocabulary,
             chunk_rows,

@@ -29,7 +29,7 @@ class CohortLoss(NamedTuple):
 
 def linear_cohort_loss(
     hidden: Mapping[str, Tensor | SparseLogits],
-    weight: Mapping[str, Tensor],
+    weight: Mapping[str, Tensor | None],
     bias: Mapping[str, Tensor | None],
     labels: Tensor,
     *,
@@ -50,6 +50,7 @@ def linear_cohort_loss(
     `row_weight` r (N,), `hard_weight[m]` h. `vocabulary` V says how many rows of the weights are tokens: rows added
     for alignment are cut, take no part in any softmax and get gradient 0 (default: the rows of the weights, which then
     must agree). `denominator` is a 0-d tensor, by default Σ r. No rows give 0. Weights that vary enter as 0-d tensors.
+    Where `weight[m]` is None, `hidden[m]` (N, at least V) are the logits z_m: those take "reference".
 
     A teacher may be given by `SparseLogits` in place of features: it then has no weight, bias, or hard loss.
     A member is trained if grad mode is on and its hidden, weight or bias requires a gradient; any other costs one
@@ -74,13 +75,20 @@ def linear_cohort_loss(
 
 def _chosen(impl: str | None, problem: Problem) -> str:
     custom = [edge.divergence for edge in problem.edges if not is_fused(edge.divergence)]
+    logits = [member for member, weight in problem.weight.items() if weight is None]
     device = problem.labels_N.device.type
+    squared = any(edge.divergence == "squared_error" for edge in problem.edges)
     if impl is None:
-        return "reference" if custom else "triton" if device == "cuda" and _has_triton() else "chunked"
+        fused = "triton" if device == "cuda" and _has_triton() and not squared else "chunked"
+        return "reference" if custom or logits else fused
     if impl not in IMPLEMENTATIONS:
         raise UserError(f"impl: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     if custom and impl != "reference":
         raise UserError(f"impl: {impl!r} does not know the divergence {custom[0]!r}; leave impl out or use 'reference'")
+    if logits and impl != "reference":
+        raise UserError(f"impl: {impl!r} takes no logits, as {logits[0]!r} gives; leave impl out or use 'reference'")
+    if impl == "triton" and squared:
+        raise UserError("impl: 'triton' does not know the divergence 'squared_error'; leave impl out or use 'chunked'")
     if impl == "triton" and not (_has_triton() and (device == "cuda" or _interpreted())):
         raise UserError(f"impl: 'triton' needs a CUDA device and the package triton, not {device}; use 'chunked'")
     return impl

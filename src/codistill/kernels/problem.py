@@ -50,7 +50,7 @@ class Problem:
 
     given: Mapping[str, SparseLogits]
     hidden: Mapping[str, Tensor]
-    weight: Mapping[str, Tensor]
+    weight: Mapping[str, Tensor | None]
     bias: Mapping[str, Tensor | None]
     labels_N: Tensor
     hard_weight: Mapping[str, float | Tensor]
@@ -76,7 +76,7 @@ def is_fused(divergence: str | Divergence) -> bool:
 
 def checked(
     features: Mapping[str, Tensor | SparseLogits],
-    weight: Mapping[str, Tensor],
+    weight: Mapping[str, Tensor | None],
     bias: Mapping[str, Tensor | None],
     labels: Tensor,
     hard_weight: Mapping[str, float | Tensor],
@@ -98,7 +98,7 @@ def checked(
         _check_edge(edge, features)
         if edge.student in given:
             raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: a student needs features, not sparse logits")
-    rows = _vocabulary(weight, vocabulary)
+    rows = _vocabulary(hidden, weight, vocabulary)
     check_labels(labels, rows)
     for member, logits in given.items():
         _check_sparse(member, logits, len(labels), rows)
@@ -137,7 +137,14 @@ def _check_members(hidden: Mapping, weight: Mapping, hard_weight: Mapping) -> No
             raise UserError(f"{name}: members {sorted(given)}, but hidden has {sorted(hidden)}; name the same in both")
 
 
-def _check_shapes(member: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+def _check_shapes(member: str, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int) -> None:
+    if weight is None:
+        if hidden.dim() != 2 or len(hidden) != rows or not hidden.is_floating_point():
+            raise UserError(
+                f"member {member!r}: {hidden.dtype} logits {tuple(hidden.shape)} for {rows} labels; wanted floating "
+                "(rows, vocabulary)"
+            )
+        return
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise UserError(
             f"member {member!r}: hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} do not multiply; "
@@ -187,9 +194,9 @@ def _check_weight(name: str, value: float | Tensor) -> None:
         raise UserError(f"{name}: {float(value)}; wanted a finite number")
 
 
-def _vocabulary(weight: Mapping[str, Tensor], vocabulary: int | None) -> int:
+def _vocabulary(hidden: Mapping[str, Tensor], weight: Mapping[str, Tensor | None], vocabulary: int | None) -> int:
     """Extra rows are only ever cut: nobody can say what a missing row would have predicted."""
-    sizes = {member: len(tensor) for member, tensor in weight.items()}
+    sizes = {member: hidden[member].shape[1] if tensor is None else len(tensor) for member, tensor in weight.items()}
     smallest = min(sizes, key=sizes.__getitem__)
     if vocabulary is None:
         largest = max(sizes, key=sizes.__getitem__)

@@ -31,6 +31,8 @@ def reference_loss(problem: Problem) -> tuple[Tensor, dict[str, Tensor], tuple[T
 
 
 def _logits(problem: Problem, member: str, dtype: torch.dtype) -> Tensor:
-    weight_VD, bias_V = problem.weight[member][: problem.vocabulary], problem.bias[member]
-    logits_NV = problem.hidden[member].to(dtype) @ weight_VD.to(dtype).T
+    weight_VD, bias_V = problem.weight[member], problem.bias[member]
+    if weight_VD is None:
+        return problem.hidden[member][:, : problem.vocabulary].to(dtype)
+    logits_NV = problem.hidden[member].to(dtype) @ weight_VD[: problem.vocabulary].to(dtype).T
     return logits_NV if bias_V is None else logits_NV + bias_V[: problem.vocabulary].to(dtype)

@@ -37,8 +37,8 @@ def linear_cohort_regression(
     row_weight = torch.ones_like(labels) if row_weight is None else row_weight
     scale_N = row_weight / (row_weight.sum() if denominator is None else denominator)
     with torch.autocast(labels.device.type, enabled=False):
-        found = {m: functional.linear(hidden[m].float(), weight[m], bias[m]).squeeze(1) for m in hidden}
-        hard = {m: (squared_error(found[m], labels) * scale_N).sum() for m in hidden}
+        found = {m: functional.linear(hidden[m].float(), weight[m], bias[m]) for m in hidden}
+        hard = {m: (squared_error(found[m], labels[:, None]) * scale_N).sum() for m in hidden}
         soft = [(_along(edge, found) * scale_N).sum() for edge in edges]
         total = sum(
             [hard_weight[m] * loss for m, loss in hard.items()]

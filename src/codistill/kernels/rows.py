@@ -6,6 +6,7 @@ the edge's weight, the gradient at the student's logits is (DESIGN.md §5)
 
     cross-entropy   c (p − y)                    forward KL       c τ (p − t)
     reverse KL      c τ p (ℓp − ℓt − KL(p ‖ t))  Jensen–Shannon   c τ/2 p (ℓp − ℓm − KL(p ‖ m)),  m = (p + t) / 2
+    squared error   2 c (z − z_teacher) / V
 
 Sums of divergences are taken in Bregman's form, Σ[a (ln a − ln b) − a + b], to which a rounded logsumexp does nothing
 in first order. Shape suffixes: C rows of a chunk, R rows of a block, V vocabulary, M members, E edges.
@@ -59,7 +60,8 @@ class _Block:
     def __init__(self, problem: Problem, heads: dict[str, Head | GivenHead], rows: int):
         self.problem, self.heads = problem, heads
         wanted = [(member, 1.0) for member in heads]
-        wanted += [(member, edge.temperature) for edge in problem.edges for member in (edge.student, edge.teacher)]
+        soft = [edge for edge in problem.edges if edge.divergence != "squared_error"]
+        wanted += [(member, edge.temperature) for edge in soft for member in (edge.student, edge.teacher)]
         empty = lambda: problem.scale_N.new_empty(rows, problem.vocabulary)  # noqa: E731
         self.scratch = {key: (empty(), empty()) for key in dict.fromkeys(wanted)}
         self.gradient_scratch = {member: empty() for member, head in heads.items() if head.trained}
@@ -71,7 +73,7 @@ class _Block:
         self.labels_R1, self.scale_R1 = labels_R[:, None], scale_R[:, None]
         self.softmax = {key: (log_p[:rows], p[:rows]) for key, (log_p, p) in self.scratch.items()}
         self.gradient = {member: tensor[:rows] for member, tensor in self.gradient_scratch.items()}
-        self.work = [tensor[:rows] for tensor in self.work_scratch]
+        self.work, self.logits = [tensor[:rows] for tensor in self.work_scratch], logits
         for member, z_RV in logits.items():
             bias_V = self.heads[member].bias_V
             if bias_V is not None:
@@ -90,11 +92,21 @@ class _Block:
 
     def divergence(self, edge: Edge) -> Tensor:
         """Row losses (R,), τ² included; adds to the student's gradient."""
+        if edge.divergence == "squared_error":
+            return self._squared_error(edge)
         student, teacher = (self.softmax[member, edge.temperature] for member in (edge.student, edge.teacher))
         rate_R1 = self.scale_R1 * edge.weight * edge.temperature
         of = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jensen_shannon": _jensen_shannon}
         loss_R = of[str(edge.divergence)](student, teacher, self.gradient.get(edge.student), rate_R1, self.work)
         return loss_R * edge.temperature**2
+
+    def _squared_error(self, edge: Edge) -> Tensor:
+        change_RV = torch.sub(self.logits[edge.student], self.logits[edge.teacher], out=self.work[0])
+        loss_R = torch.square(change_RV, out=self.work[1]).mean(-1)
+        if edge.student in self.gradient:
+            rate_R1 = self.scale_R1 * edge.weight * (2 / self.problem.vocabulary)
+            self.gradient[edge.student].add_(change_RV.mul_(rate_R1))
+        return loss_R
 
     def store(self, member: str, out_RV: Tensor) -> Tensor:
         """Write the finished gradient; the entries at the labels are set to 0 there and returned (R,).

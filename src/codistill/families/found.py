@@ -1,0 +1,102 @@
+"""Models of families that no table knows: cut at their output embedding, where that is proven to be right.
+
+Shape suffixes: B sequences, T position, D width, N predicted rows, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from codistill.errors import UserError
+from codistill.families.family import Parts
+
+_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+_TOLERANCE = 1e-5  # of the largest logit
+
+
+@dataclass(frozen=True)
+class Bypass:
+    """The features of any model: what enters its output embedding, which is left out."""
+
+    model: nn.Module
+    output: nn.Module
+
+    def __call__(self, inputs: Mapping[str, Any], rows_N: Tensor) -> Tensor:
+        options = {"use_cache": False} if type(self.model).__name__ in _CAUSAL else {}  # as in `Chain`
+        with _passing_through(self.output):
+            features_BTD = self.model(**inputs, **options).logits
+        return features_BTD.flatten(0, 1).index_select(0, rows_N)
+
+
+def found(model: nn.Module) -> Parts:
+    """`model` cut at its output embedding; UserError unless features → output embedding are proven to be its logits.
+
+    The proof: on random tokens, and with all parameters moved at random, so that no scale of 1 or bias of 0 hides.
+    """
+    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    output = _output_embedding(model)
+    if output is None:
+        raise UserError(
+            f"{name!r}: no output embedding was found in this {type(model).__name__}; give a language model with its "
+            "head, or say where its parts are with Predictor.from_module(module, features, output, vocabulary=…)"
+        )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UserError(f"{name!r}: an encoder-decoder does not predict the rows of its own input; give another model")
+    difference = _difference(model)
+    if difference is not None:
+        raise UserError(
+            f"{name!r}: its logits are not its output embedding's ({difference}), so the family cannot be used as it "
+            "is; say where its parts are with Predictor.from_module(module, features, output, vocabulary=…)"
+        )
+    return Parts(Bypass(model, output), output)
+
+
+def _output_embedding(model: nn.Module) -> nn.Linear | None:
+    """The one that the model names, or else the only linear layer that is as wide as the vocabulary."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    named = model.get_output_embeddings()
+    if isinstance(named, nn.Linear):
+        return named
+    size = getattr(model.config, "vocab_size", None)
+    wide = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == size]
+    return wide[0] if len(wide) == 1 else None
+
+
+@torch.no_grad()
+def _difference(original: nn.Module) -> str | None:
+    """How the logits differ from features → output embedding, in a few words, or None."""
+    model = deepcopy(original).eval()
+    output = cast(nn.Linear, _output_embedding(model))
+    device = output.weight.device
+    draw = torch.Generator(device).manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=draw, device=device, dtype=parameter.dtype), alpha=0.1)
+    ids_BT = torch.randint(cast(Any, model).config.vocab_size, (2, 8), generator=draw, device=device)
+    try:
+        logits_NV = model(input_ids=ids_BT).logits.flatten(0, 1)
+        features_ND = Bypass(model, output)({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=device))
+        expected_NV = functional.linear(features_ND, output.weight, output.bias)
+        error = (logits_NV - expected_NV).abs().max().item()
+    except Exception as failure:  # whatever a stranger's forward raises
+        return f"{type(failure).__name__} when run without it"
+    scale = logits_NV.abs().max().item()
+    return None if error <= _TOLERANCE * scale else f"they differ by {error:.1g} of {scale:.1g}"
+
+
+@contextmanager
+def _passing_through(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` gives back what it is given."""
+    module.forward = lambda features: features  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward

@@ -1,0 +1,268 @@
+"""Families of models: cut before the output embedding, saved and loaded, trained together, or refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional
+from torch.optim import SGD
+
+from codistill.cohort import Cohort, Distillation, Member
+from codistill.errors import UserError
+from codistill.families import FAMILIES, family_of, longest, split
+from codistill.families.family import Chain
+from codistill.families.found import Bypass
+from codistill.loading import load, to_dict
+from codistill.members import Predictor, load_model
+from codistill.schedules import constant
+from codistill.train import train
+from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
+from runs import refused, small_run
+
+CONFIGURED = ("bert", "modernbert", "roberta", "distilbert", "electra", "deberta-v2")
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+# As their published weights are, where that is not how we configure them; and families that no table knows.
+PUBLISHED = {
+    "electra small": transformers.ElectraConfig(**SIZE, embedding_size=16),
+    "deberta-v2 legacy": transformers.DebertaV2Config(**SIZE, position_biased_input=True, type_vocab_size=2),
+    "deberta-v2 legacy narrow": transformers.DebertaV2Config(**SIZE, embedding_size=16, relative_attention=True),
+    "xlm-roberta": transformers.XLMRobertaConfig(**SIZE),
+    "albert": transformers.AlbertConfig(**SIZE, embedding_size=16),
+    "mpnet": transformers.MPNetConfig(**SIZE),
+    "eurobert": transformers.EuroBertConfig(**SIZE),
+}
+
+
+def new(name: str, seed: int = 0) -> Predictor:
+    if name in CONFIGURED:
+        return predictor(name, 2, family=name, dropout=0.0, seed=seed)
+    torch.manual_seed(seed)
+    return Predictor(transformers.AutoModelForMaskedLM.from_config(PUBLISHED[name]), VOCABULARY)
+
+
+def shaken(built: Predictor) -> Predictor:
+    """With no bias at 0 and no scale at 1, in evaluation mode."""
+    draw = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=draw)
+    return built.eval()
+
+
+def test_every_family_of_the_table_can_be_configured():
+    assert set(CONFIGURED) == {name for name, family in FAMILIES.items() if family.objective == "mlm"}
+
+
+@pytest.mark.parametrize("name", [*CONFIGURED, *PUBLISHED])
+@torch.no_grad()
+def test_features_times_output_embedding_are_the_models_own_logits(name):
+    built, given = shaken(new(name)), batch(3)
+    expected_NV = built.model(**given.inputs).logits.flatten(0, 1)[given.rows_N]
+    features_ND = built(given.inputs, given.rows_N)
+    logits_NV = functional.linear(features_ND, built.output_weight, built.output_bias)
+    torch.testing.assert_close(logits_NV, expected_NV, rtol=0, atol=1e-6 * expected_NV.abs().max().item())
+    known = name in CONFIGURED or "legacy" in name or "electra" in name
+    assert isinstance(split(built.model).features, Chain if known else Bypass)
+
+
+@pytest.mark.parametrize("name", [*CONFIGURED, *PUBLISHED])
+def test_saving_and_loading_loses_nothing(name, tmp_path):
+    built = shaken(new(name))
+    built.model.save_pretrained(tmp_path / "model")
+    again = Predictor(load_model(str(tmp_path / "model"), "members.a.path"), VOCABULARY).eval()
+    before, after = built.model.state_dict(), again.model.state_dict()
+    assert before.keys() == after.keys()
+    assert_same_bits(list(before.values()), list(after.values()))
+    given = batch(3)
+    assert_same_bits([built(given.inputs, given.rows_N)], [again(given.inputs, given.rows_N)])
+
+
+@pytest.mark.parametrize("name", [*CONFIGURED, *PUBLISHED])
+def test_one_step_of_co_distillation_runs_and_its_gradient_is_the_plain_models(name):
+    built, plain = new(name), new(name).model.eval()
+    mine = Member(name, built, SGD(built.parameters(), lr=0.0), lr=constant(1.0), clip=1e9)
+    other = member("other", dropout=0.0)
+    cohort = Cohort([mine, other], [Distillation(name, "other"), Distillation("other", name)])
+    built.eval()  # published configurations have dropout
+    teacher, given, before = predictor("other", dropout=0.0), batch(3), parameters(cohort, name)
+    metrics = cohort.step(0, [given])
+    logits_NV = plain(**given.inputs).logits.flatten(0, 1)[given.rows_N]
+    target_NV = teacher.model(**given.inputs).logits.flatten(0, 1)[given.rows_N].softmax(-1).detach()
+    soft = functional.kl_div(logits_NV.log_softmax(-1), target_NV, reduction="batchmean")
+    (functional.cross_entropy(logits_NV, given.labels_N) + soft).backward()
+    assert metrics[f"{name}/from_other"].item() == pytest.approx(soft.item(), rel=1e-4)
+    for old, now, parameter in zip(before, parameters(cohort, name), plain.parameters(), strict=True):
+        gradient = torch.zeros_like(old) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(old - now, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_run_of_new_families_is_configured_loaded_and_resumed_by_name(text, tmp_path):
+    run = small_run("ctcd", text, "steps=2")
+    tree = to_dict(run)
+    for name, family in (("large", "deberta-v2"), ("small", "roberta")):
+        tree["members"][name]["model"] |= {"family": family}
+    tree["members"] = {name: tree["members"][name] for name in ("large", "small")}
+    out = train(load(tree), tmp_path / "run")
+    taught = small_run("dwt", text, f"members.weak.path={out / 'members' / 'small'}", "steps=2", "data.tokenizer=null")
+    train(taught, tmp_path / "taught")
+    assert json.loads((tmp_path / "taught" / "results.json").read_text())["members"]["weak"]["loss"] > 0
+
+
+def test_positions_that_begin_after_padding_are_not_counted(text, tmp_path):
+    roberta = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZE | {"pad_token_id": 1}))
+    assert longest(roberta) == 38
+    roberta(input_ids=torch.full((1, 38), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, 39), 5))
+    assert longest(predictor("a", family="roberta").model) == 512
+    assert longest(predictor("a", family="bert").model) == 512
+    built = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZE | {"vocab_size": 300, "pad_token_id": 1}))
+    built.save_pretrained(tmp_path / "roberta")
+    run = small_run("dwt", text, f"members.weak.path={tmp_path / 'roberta'}", "data.length=39")
+    refused("data.length: 39 is more than the 38 positions of members.weak", run, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["roberta", "xlm-roberta", "bert"])
+@torch.no_grad()
+def test_positions_that_are_given_count_from_0_in_every_family(name):
+    built, given = shaken(new(name)), batch(3)
+    ids_BT = given.inputs["input_ids"].clamp_min(1)  # without padding
+    numbered = {"input_ids": ids_BT, "position_ids": torch.arange(LENGTH).expand(ids_BT.shape)}
+    assert_same_bits([built({"input_ids": ids_BT}, given.rows_N)], [built(numbered, given.rows_N)])
+
+
+@torch.no_grad()
+def test_a_causal_model_of_no_known_family_is_cut_where_it_is_proven():
+    sizes = {key: value for key, value in SIZE.items() if key != "pad_token_id"}
+    model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, num_key_value_heads=1)).eval()
+    built, given = Predictor(model, VOCABULARY), batch(3)
+    expected_NV = model(**given.inputs).logits.flatten(0, 1)[given.rows_N]
+    torch.testing.assert_close(built.logits(built(given.inputs, given.rows_N)), expected_NV, rtol=0, atol=1e-6)
+    sizes |= {"head_dim": 16, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    sizes |= {"final_logit_softcapping": 30.0}
+    for capped in (
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, num_key_value_heads=1)),
+        transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**sizes)),
+    ):
+        with pytest.raises(UserError, match=r"^'gemma\d.*': its logits are not its output embedding's"):
+            Predictor(capped, VOCABULARY)
+
+
+def test_published_deberta_weights_get_their_own_head(tmp_path):
+    built = new("deberta-v2")
+    built.model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["legacy"]  # as on the hub, where no configuration says which head the weights are for
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load_model(str(tmp_path), "members.a.path")
+    assert family_of(again.config) is FAMILIES["deberta-v2"]
+    assert_same_bits(list(built.model.state_dict().values()), list(again.state_dict().values()))
+
+
+class Scaled(transformers.BertForMaskedLM):
+    """A scale that is 1 when it is made, as if it were not there."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits * self.scale
+        return output
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Scaled(transformers.BertConfig(**SIZE)), "^'bert': its logits are not its output embedding's"),
+        (transformers.BertModel(transformers.BertConfig(**SIZE)), "^'bert': no output embedding .* BertModel"),
+        (torch.nn.Linear(2, 2), "^'Linear': no output embedding .*Predictor.from_module"),
+        (
+            transformers.EsmForMaskedLM(transformers.EsmConfig(**SIZE, mask_token_id=1)),
+            "^'esm': its logits are not its output embedding's",
+        ),
+        (
+            transformers.BartForConditionalGeneration(
+                transformers.BartConfig(
+                    vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8,
+                    decoder_ffn_dim=8, encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=16,
+                )
+            ),
+            "^'bart': an encoder-decoder",
+        ),
+    ],
+    ids=["scaled", "headless", "linear", "esm", "bart"],
+)  # fmt: skip
+def test_a_model_whose_logits_are_not_proven_is_refused_by_name(model, message):
+    with pytest.raises(UserError, match=message) as refusal:
+        Predictor(model, VOCABULARY)
+    assert "\n" not in str(refusal.value)
+
+
+CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import MaskedLMOutput
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "own"
+
+    def __init__(self, vocab_size=50, hidden_size=8, **kwargs):
+        self.vocab_size, self.hidden_size = vocab_size, hidden_size
+        super().__init__(**kwargs)
+
+
+class OwnLM(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, **kwargs):
+        return MaskedLMOutput(logits=self.decoder(self.words(input_ids).cumsum(1).tanh()))
+"""
+
+
+def with_own_code(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "own.py").write_text(CODE)
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForMaskedLM": "own.OwnLM"}
+    config = {"model_type": "own", "vocab_size": VOCABULARY, "hidden_size": 8, "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(config))
+    draw = torch.Generator().manual_seed(0)
+    shapes = {"words.weight": (VOCABULARY, 8), "decoder.weight": (VOCABULARY, 8), "decoder.bias": (VOCABULARY,)}
+    state = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    from safetensors.torch import save_file
+
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_a_models_own_code_runs_only_on_trust(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = str(with_own_code(tmp_path / "own"))
+    with pytest.raises(UserError, match=r"^members\.neo\.path: .* members\.neo\.trust_remote_code: true$") as refusal:
+        load_model(folder, "members.neo.path")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "modules").exists()
+    built = Predictor(load_model(folder, "members.neo.path", trust_remote_code=True), VOCABULARY)
+    given = batch(3)
+    expected_NV = built.model(**given.inputs).logits.flatten(0, 1)[given.rows_N]
+    torch.testing.assert_close(built.logits(built(given.inputs, given.rows_N)), expected_NV, rtol=0, atol=1e-6)
