@@ -18,7 +18,7 @@ FLOORS = [
     {"members", "watch"},
     {"cohort", "scores"},
     {"build"},
-    {"run_folder", "metrics"},
+    {"run_folder", "metrics", "tracking"},
     {"train"},
     {"report", "bench"},
     {"cli"},

@@ -148,6 +148,7 @@ class Run:
 
     `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
     `distributed`: what the processes that torchrun starts share; auto is ddp where there are several, else single.
+    `track`: where to send the lines of `metrics.jsonl` besides; changes no number.
     """
 
     recipe: str | None = None
@@ -165,6 +166,7 @@ class Run:
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluation = field(default_factory=Evaluation)
     log: Logging = field(default_factory=Logging)
+    track: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
 
     @property

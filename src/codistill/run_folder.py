@@ -144,7 +144,7 @@ def _result(run: Run, built: Built, name: str, score: Score) -> dict[str, Any]:
 
 
 def _changed_settings(old: Run, new: Run) -> list[str]:
-    was, now = (_flat(to_dict(replace(run, provenance=None, distributed="auto"))) for run in (old, new))
+    was, now = (_flat(to_dict(replace(run, provenance=None, distributed="auto", track=[]))) for run in (old, new))
     return [
         f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())

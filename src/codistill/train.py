@@ -35,6 +35,7 @@ from codistill.run_folder import (
     open_folder,
 )
 from codistill.scores import Score, held_out
+from codistill.tracking import Tracker, check_installed
 from codistill.watch import NonFiniteError
 
 
@@ -60,6 +61,7 @@ def train(
     saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way. Seeds PyTorch's
     global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
     """
+    check_installed(run.track)
     ranks = distributed.start(run.distributed, device)
     if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
@@ -121,7 +123,8 @@ def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks)
 def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
     ranks, trained = built.cohort.ranks, _trained(built)
     file = out / "metrics.jsonl" if ranks.is_main else Path(os.devnull)
-    log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length))
+    tracker = Tracker(run if ranks.is_main else replace(run, track=[]), out, first)
+    log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length, tracker.log))
     keep = run.checkpoint
     saver = Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)
     try:
@@ -131,6 +134,7 @@ def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_
         saver.finish()
     finally:
         saver.close()
+        tracker.close()
     if scores is None:
         raise Stopped(out)
     finish(run, built, out, scores, log.seconds)
@@ -157,6 +161,7 @@ def _loop(
         if ends or done % run.evaluate.every == 0:
             scores = score_members(built, run)
             ranks.together(partial(log.write_held_out, done, scores))
+            advance(done, numbers={f"{name}/held_out_loss": score.loss for name, score in scores.items()})
             score = sum(scores[member.name].loss for member in built.cohort.trained)
         stops = not ends and asked_to_stop(done)
         if ends or stops or done % run.checkpoint.every == 0:
@@ -169,7 +174,8 @@ def _loop(
 
 def _report(built: Built, done: int, metrics: Mapping[str, Tensor], log: MetricsLog, advance: Advance) -> None:
     check_finite(built)
-    advance(done, log.write(done, metrics, built.cohort.num_skipped()))
+    logged = log.write(done, metrics, built.cohort.num_skipped())
+    advance(done, logged.note, numbers=logged.numbers)
 
 
 def check_finite(built: Built) -> None:

@@ -73,15 +73,15 @@ def _default_folder(source: str) -> Path:
 
 
 def _train(run: Run, folder: Path, **options: Any) -> None:
-    from codistill.progress import quiet, shown
+    from codistill.progress import live, quiet, shown
 
-    shown = shown if speaks("RANK") else quiet
-    with shown("loading", 1):
+    view, wait = (live, shown) if speaks("RANK") else (quiet, quiet)
+    with wait("loading", 1):
         from codistill import report
         from codistill.train import Stopped
         from codistill.train import train as train_run
     try:
-        with shown("training", run.steps) as advance:
+        with view("training", run.steps) as advance:
             train_run(run, folder, advance=advance, **options)
     except Stopped:
         if speaks("RANK"):
