@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stderr
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -57,22 +58,32 @@ def test_the_numbers_of_a_line_and_nothing_else_are_sent():
     assert numbers(LINE) == {"seconds": 0.5, "large/hard": 2.5, "large/held_out_loss": 2.0}
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TensorBoard's own protobuf classes
-def test_tensorboard_holds_the_numbers_of_the_file_once_though_resumed(text, tmp_path):
-    needs("tensorboard", "track")
+def scalars(out: Path, name: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = small_run("ctcd", text, "track=[tensorboard]")
-    with pytest.raises(Stopped):
-        train(run, tmp_path / "run", stop_at=13)
-    out = train(run, tmp_path / "run", resume=True)
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_holds_the_numbers_of_the_file(text, tmp_path):
+    needs("tensorboard", "track")
+    out = train(small_run("ctcd", text, "steps=10", "track=[tensorboard]"), tmp_path / "run")
     lines = [line for line in read_metrics(out / "metrics.jsonl") if "large/hard" in line]
     for name in ("large/hard", "small/from_large", "tokens"):
-        got = [(event.step, event.value) for event in events.Scalars(name)]
-        assert got == [(line["step"], pytest.approx(line[name])) for line in lines]
-    assert [event.step for event in events.Scalars("small/held_out_loss")] == [10, 20]
+        assert scalars(out, name) == [(line["step"], pytest.approx(line[name])) for line in lines]
+    assert [step for step, _ in scalars(out, "small/held_out_loss")] == [10]
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_anew(text, tmp_path):
+    needs("tensorboard", "track")
+    run = small_run("standalone", text, "track=[tensorboard]")
+    for first, steps in ((0, (5, 10, 15)), (10, (15, 20))):
+        tracker = Tracker(run, tmp_path, first)
+        for step in steps:
+            tracker.log({"step": step, "large/hard": first + step})
+        tracker.close()
+    assert scalars(tmp_path, "large/hard") == [(5, 5), (10, 10), (15, 25), (20, 30)]
 
 
 def test_trackio_holds_the_numbers_of_the_file(text, tmp_path):
