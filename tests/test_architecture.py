@@ -20,7 +20,8 @@ FLOORS = [
     {"build"},
     {"run_folder", "metrics", "tracking"},
     {"train"},
-    {"report", "bench"},
+    {"report", "bench", "model_card"},
+    {"export"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
