@@ -158,6 +158,9 @@ def test_int8_reports_size_and_what_it_costs(finished, int8, capsys):
 
 @needs_onnx
 def test_int8_without_its_text_says_that_nothing_was_measured(text, tmp_path, finished, onnx, monkeypatch):
+    def copied(source, fresh):
+        return {"copied to": str(shutil.copytree(onnx, fresh, dirs_exist_ok=True))}
+
     moved = tmp_path / "moved"
     shutil.copytree(finished, moved)
     settings = (moved / "run.yaml").read_text()
