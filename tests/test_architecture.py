@@ -20,7 +20,7 @@ FLOORS = [
     {"build"},
     {"run_folder", "metrics", "tracking"},
     {"train"},
-    {"report", "bench", "model_card"},
+    {"report", "bench", "model_card", "rates"},
     {"export"},
     {"cli"},
 ]

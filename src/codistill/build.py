@@ -208,6 +208,8 @@ def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
 
 def _member(run: Run, name: str, predictor: Predictor) -> Member:
     config = run.members[name]
+    if config.gradient_checkpointing:
+        _recompute_activations(predictor, name)
     return Member(
         name,
         predictor,
@@ -217,6 +219,15 @@ def _member(run: Run, name: str, predictor: Predictor) -> Member:
         clip=config.clip,
         noise_key=config.twin_of or name,
     )
+
+
+def _recompute_activations(predictor: Predictor, name: str) -> None:
+    if not predictor.model.supports_gradient_checkpointing:
+        family = predictor.model.config.model_type
+        raise UserError(f"members.{name}.gradient_checkpointing: {family} cannot do it; leave it out")
+    # Renamed in the course of transformers 5.
+    enable = getattr(predictor.model, "activation_checkpointing_enable", predictor.model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def _optimizer(predictor: Predictor, config: MemberConfig) -> Optimizer:

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ class MetricsLog:
         self.skipped_before = max((line.get("skipped", 0) for line in kept), default=0)
         if not file.exists() or file.is_file():  # and not the null device of a rank that writes nothing
             write_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self.held_out = [(line["step"], _losses(line["held_out"])) for line in kept if "held_out" in line]
         self.started = time.monotonic()
         self.recent: dict[str, deque[float]] = {}
         for line in kept:
@@ -68,7 +69,22 @@ class MetricsLog:
     def write_held_out(self, step: int, scores: Mapping[str, Score]) -> None:
         """Logs the held-out scores after `step` steps."""
         table = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in scores.items()}
+        self.held_out.append((step, _losses(table)))
         self._append({"step": step, "seconds": round(self.seconds, 3), "held_out": table})
+
+    def best(self) -> dict[str, dict[str, float]]:
+        """For each member, after which step its held-out loss was lowest, and that loss in nats."""
+        names = dict.fromkeys(name for _, losses in self.held_out for name in losses)
+        lowest = {name: min((losses[name], step) for step, losses in self.held_out) for name in names}
+        return {name: {"step": step, "loss": loss} for name, (loss, step) in lowest.items()}
+
+    def is_stale(self, names: Sequence[str], patience: int, least: float) -> bool:
+        """Whether the last `patience` held-out losses, summed over `names`, are not below the lowest before them."""
+        lowest, since = math.inf, 0
+        for _, losses in self.held_out:
+            total = sum(losses[name] for name in names)
+            lowest, since = (total, 0) if total < lowest - least else (lowest, since + 1)
+        return since >= patience
 
     def spikes(self, named: Mapping[str, float]) -> list[str]:
         """The members whose hard loss lies far above its recent course."""
@@ -106,6 +122,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _losses(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: score["loss"] for name, score in table.items()}
 
 
 def _hard(named: Mapping[str, Any]) -> dict[str, float]:

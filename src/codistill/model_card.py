@@ -29,7 +29,9 @@ def _what(run: Run, results: Mapping[str, Any], member: str) -> str:
     kind = {"mlm": "masked", "clm": "causal"}[run.objective.name]
     came = (run.provenance or {}).get("versions", {}).get("codistill", "an unknown version")
     size = f"{results['members'][member]['parameters'] / 1e6:.2f} M parameters"
-    made = "taken as it was and not trained" if run.members[member].frozen else f"trained for {run.steps:,} steps"
+    made = (
+        "taken as it was and not trained" if run.members[member].frozen else f"trained for {results['steps']:,} steps"
+    )
     return (
         f"# {member}\n\nA {kind} language model of {size}{_shape(run.members[member])}, {made} with codistill ({came}) "
         f"as the member `{member}` of a run of `{run.recipe or 'a configuration of its own'}`.\n"
@@ -65,7 +67,8 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
         of = facts.get(split)
         size = f": {of['documents']:,} documents, {of['tokens']:,} tokens (content {of['identity'][:16]})" if of else ""
         lines.append(f"- {split}: {', '.join(f'`{_last_part(source)}`' for source in sources)}{size}")
-    seen = f"{results['tokens']:,} tokens in {run.steps:,} steps of {run.batch.sequences} × {run.data.length} tokens"
+    batch = f"{run.batch.sequences} × {run.data.length} tokens"
+    seen = f"{results['tokens']:,} tokens in {results['steps']:,} steps of {batch}"
     passes = f", {results['tokens'] / facts['train']['tokens']:.3g} passes over the text" if "train" in facts else ""
     return "\n".join([*lines, f"- seen in training: {seen}{passes}", ""])
 

@@ -1,4 +1,4 @@
-"""train, recipes, show."""
+"""train, lr, recipes, show."""
 
 import os
 import shlex
@@ -44,6 +44,32 @@ def train(
 
 
 @app.command
+def lr(
+    source: Source,
+    /,
+    *,
+    set_: Settings = None,
+    rates: Annotated[str, Parameter(help="Peak learning rates, with commas.")] = "1e-4,3e-4,1e-3,3e-3,1e-2",
+    steps: Annotated[int, Parameter(help="Of each of the short runs.")] = 100,
+    device: Device = None,
+) -> None:
+    """Find learning rates: a short run of the whole cohort for each rate, and what each member reached.
+
+    Example: codistill lr ctcd:tiny --rates 1e-3,3e-3,1e-2 --steps 200
+    """
+    run = resolve(source, [*(set_ or []), f"steps={steps}"])
+    tried = [_rate(part) for part in rates.split(",")]
+    check_teachers(run)
+    from codistill.progress import shown
+
+    with shown("loading", 1):
+        from codistill.rates import rates_table, try_rates
+    with shown("trying", steps * len(tried)) as advance:
+        trials = try_rates(run, tried, steps, device=device, advance=advance)
+    console.print(rates_table(trials, steps))
+
+
+@app.command
 def recipes() -> None:
     """List the recipes, one line each.
 
@@ -63,6 +89,13 @@ def show(source: Source, /, *, set_: Settings = None) -> None:
     Example: codistill show dwt:paper --set seed=1
     """
     print(to_yaml(resolve(source, set_ or [])), end="")
+
+
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--rates: {text!r} is no number; write them as in --rates 1e-4,3e-4") from None
 
 
 def _default_folder(source: str) -> Path:
