@@ -1,6 +1,8 @@
 """Gradient checkpointing, early stopping, the best step of each member, weight norms, and the learning-rate finder."""
 
+import io
 import json
+from contextlib import redirect_stderr
 from dataclasses import replace
 
 import pytest
@@ -15,6 +17,7 @@ from codistill.loading import load, override, to_dict
 from codistill.metrics import read_metrics
 from codistill.rates import Trial, rates_table, try_rates, with_peak
 from codistill.train import Stopped, train
+from ranks import on_ranks
 from runs import assert_same_run, refused, small_run, with_teachers
 
 CPU = torch.device("cpu")
@@ -46,6 +49,23 @@ def test_gradient_checkpointing_changes_no_bit_and_runs_each_layer_twice(family,
         norms[-1].register_forward_pre_hook(count)
     built.cohort.step(0, built.batches.at(0))
     assert calls == {"large": 2 * calls["small"], "small": run.batch.accumulate}
+
+
+def trained_on_a_rank(run, out) -> dict[str, float]:
+    with redirect_stderr(io.StringIO()):
+        train(replace(run, distributed="fsdp2"), out, device="cpu")
+    return {}
+
+
+@pytest.mark.slow
+def test_gradient_checkpointing_changes_no_bit_of_shards_either(text, tmp_path):
+    kept = small_run("ctcd", text, "steps=4", "batch.sequences=8")
+    for name, run in (
+        ("kept", kept),
+        ("recomputed", load(override(to_dict(kept), ["members.large.gradient_checkpointing=true"]))),
+    ):
+        on_ranks(trained_on_a_rank, run, tmp_path / name)
+    assert_same_run(tmp_path / "kept", tmp_path / "recomputed")
 
 
 def test_a_frozen_member_has_nothing_to_recompute(text, teacher):

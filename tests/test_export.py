@@ -128,10 +128,11 @@ def test_an_onnx_folder_says_what_was_checked(onnx):
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bert", "modernbert"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
 def test_weights_of_any_size_are_converted(family, text, tmp_path, monkeypatch):
     """As one file, or, where a protobuf would be too small, with a file beside it."""
-    run = train(small_run("standalone", text, "steps=1", f"members.large.model.family={family}"), tmp_path / "run")
+    recipe = "standalone-clm" if family == "llama" else "standalone"
+    run = train(small_run(recipe, text, "steps=1", f"members.large.model.family={family}"), tmp_path / "run")
     monkeypatch.setattr(onnx_room, "_INLINE_BYTES", 1000)
     facts = export_member(run, "large", format="int8", out=tmp_path / "large")
     assert facts["parity_before"]["largest_difference"] < 1e-4

@@ -65,7 +65,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
     validation = _prepared(run.data.validation, tokenizer, "data.validation", ranks)
-    objective = CausalLM() if run.objective.name == "clm" else MaskedLM(run.objective.mask_rate)
+    objective = objective_of(run)
     unseen = held_out(
         validation,
         objective,
@@ -95,6 +95,11 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         "models": models,
     }
     return materials, {name: Predictor(model, vocabulary_size(tokenizer)) for name, model in models.items()}
+
+
+def objective_of(run: Run) -> MaskedLM | CausalLM:
+    """What makes the batches of `run`."""
+    return CausalLM() if run.objective.name == "clm" else MaskedLM(run.objective.mask_rate)
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:

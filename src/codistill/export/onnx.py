@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from codistill.build import objective_of
 from codistill.config import Run
 from codistill.data.batches import held_out
 from codistill.data.prepare import cached
@@ -23,7 +24,7 @@ from codistill.data.tokenizers import load_tokenizer, vocabulary_size
 from codistill.errors import MachineError, UserError
 from codistill.loading import load, read_run
 from codistill.members import load_model
-from codistill.objectives import Batch, MaskedLM
+from codistill.objectives import Batch
 
 TOLERANCE = 1e-4  # by which an ONNX logit may differ from PyTorch's
 _INLINE_BYTES = 1 << 30  # a protobuf holds two gigabytes; larger models keep their weights in a file beside it
@@ -120,14 +121,17 @@ def compare(folder: Path, source: Path, files: Mapping[str, Path]) -> dict[str, 
 
 
 def _held_out(run: Run, tokenizer: Any) -> list[Batch]:
-    """The batches that the run was scored on; UserError where the text is not there or not the same any more."""
+    """The rows that the run was scored on; UserError where the text is not there or not the same any more.
+
+    Attention crosses documents in them, whatever the run did: a file knows no other.
+    """
     corpus = cached(run.data.validation, tokenizer)
     recorded = (run.provenance or {}).get("data", {}).get("validation", {}).get("identity")
     if recorded not in (None, corpus.manifest["identity"]):
         raise UserError("data.validation: the text is not what the run was scored on")
     return held_out(
         corpus,
-        MaskedLM(run.objective.mask_rate),
+        objective_of(run),
         length=run.data.length,
         sequences=_SEQUENCES_AT_ONCE,
         seed=run.seed,
