@@ -42,7 +42,9 @@ def reference_page() -> str:
     import codistill
 
     homes = {name: ".".join(("codistill", *codistill._HOME[name])) for name in codistill.__all__}
-    return NAMES + "".join(f"\n::: {home}\n    options:\n      heading: {name}\n      toc_label: {name}\n" for name, home in homes.items())
+    return NAMES + "".join(
+        f"\n::: {home}\n    options:\n      heading: {name}\n      toc_label: {name}\n" for name, home in homes.items()
+    )
 
 
 def main() -> None:
