@@ -2,8 +2,10 @@
 
 import io
 import json
+import shutil
 from contextlib import redirect_stderr
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,11 @@ from runs import assert_same_run, refused, small_run, with_teachers
 CPU = torch.device("cpu")
 # A rate at which so small a model gets worse before long.
 DIVERGING = ["members.large.lr=0.3", "steps=60", "evaluate.every=3", "stop_early={patience: 2}", "checkpoint.every=4"]
+
+
+@pytest.fixture(scope="module")
+def stopped_early(text, tmp_path_factory) -> Path:
+    return train(small_run("standalone", text, *DIVERGING), tmp_path_factory.mktemp("early") / "run")
 
 
 def lines_of(out, kind: str) -> list[dict]:
@@ -76,8 +83,8 @@ def test_a_frozen_member_has_nothing_to_recompute(text, teacher):
 # ---- early stopping, the best step -------------------------------------------------------------
 
 
-def test_a_run_stops_early_once_the_loss_has_not_fallen(text, tmp_path, capsys):
-    out = train(small_run("standalone", text, *DIVERGING), tmp_path / "run")
+def test_a_run_stops_early_once_the_loss_has_not_fallen(stopped_early):
+    out = stopped_early
     held_out = [(line["step"], line["held_out"]["large"]["loss"]) for line in lines_of(out, "held_out")]
     losses = [loss for _, loss in held_out]
     last, best = held_out[-1][0], min(held_out, key=lambda pair: pair[1])
@@ -92,27 +99,26 @@ def test_a_run_stops_early_once_the_loss_has_not_fallen(text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("back", [2, 3, 20])
-def test_an_early_stop_is_the_same_after_a_resumption(back, text, tmp_path):
+def test_an_early_stop_is_the_same_after_a_resumption(back, stopped_early, text, tmp_path):
     """So many steps before its end: between the two evaluations of its patience, at the first, and long before."""
     run = small_run("standalone", text, *DIVERGING)
-    straight = train(run, tmp_path / "straight")
-    stop = json.loads((straight / "results.json").read_text())["steps"] - back
+    stop = json.loads((stopped_early / "results.json").read_text())["steps"] - back
     with pytest.raises(Stopped):
         train(run, tmp_path / "resumed", stop_at=stop)
-    assert_same_run(straight, train(run, tmp_path / "resumed", resume=True))
+    assert_same_run(stopped_early, train(run, tmp_path / "resumed", resume=True))
 
 
-def test_a_run_that_stopped_early_stays_stopped_until_it_is_given_more_patience(text, tmp_path):
+def test_a_run_that_stopped_early_stays_stopped_until_it_is_given_more_patience(stopped_early, text, tmp_path):
     run = small_run("standalone", text, *DIVERGING)
-    out = train(run, tmp_path / "run")
+    out = shutil.copytree(stopped_early, tmp_path / "run")
     before = (out / "metrics.jsonl").read_text(), json.loads((out / "results.json").read_text())
     train(run, out, resume=True)
     after = (out / "metrics.jsonl").read_text(), json.loads((out / "results.json").read_text())
     assert before[0] == after[0]
     assert before[1] | {"seconds": 0} == after[1] | {"seconds": 0}
-    patient = load(override(to_dict(run), ["stop_early.patience=100"]))
+    patient = load(override(to_dict(run), ["stop_early.patience=100", "steps=36"]))
     train(patient, out, resume=True, accept_changes=True)
-    assert json.loads((out / "results.json").read_text())["steps"] == 60
+    assert json.loads((out / "results.json").read_text())["steps"] == 36
 
 
 def test_a_fall_below_the_least_that_counts_is_none(text, tmp_path):
