@@ -19,9 +19,10 @@ FLOORS = [
     {"relations"},
     {"cohort", "scores", "costs"},
     {"build"},
-    {"run_folder", "metrics"},
+    {"run_folder", "metrics", "tracking"},
     {"train", "caching"},
-    {"report", "bench", "evaluate", "generate"},
+    {"report", "bench", "evaluate", "generate", "rates"},
+    {"export"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -26,9 +26,9 @@ def trained(built: Cohort) -> dict[str, Trained]:
     return {m.name: Trained(m.predictor.model, m.optimizer) for m in built.trained}
 
 
-def save(folder, step, members, *, keep=2, score=None, **retention):
+def save(folder, step, members, *, keep=2, scores=None, **retention):
     snapshots = {name: snapshot(member) for name, member in members.items()}
-    return write(folder, step, snapshots, Retention(keep, **retention), score)
+    return write(folder, step, snapshots, Retention(keep, **retention), scores)
 
 
 def test_a_restored_cohort_goes_on_bit_for_bit(tmp_path):
@@ -79,9 +79,11 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, damage, 
 
 def test_every_nth_and_the_best_stay_too(tmp_path):
     built = trained(cohort())
-    for step, score in enumerate([None, 3.0, 1.0, None, 2.0, 4.0, 5.0]):
-        save(tmp_path, step, built, keep=1, every=4, best=True, score=score)
-    assert [int(place.name[5:]) for place in sorted(tmp_path.iterdir())] == [0, 2, 4, 6]
+    large, small = [None, 3.0, 1.0, None, 2.0, 4.0, 5.0, 6.0], [None, 3.0, 4.0, None, 5.0, 6.0, 2.0, 7.0]
+    for step, of_both in enumerate(zip(large, small, strict=True)):
+        scores = None if of_both[0] is None else dict(zip(("large", "small"), of_both, strict=True))
+        save(tmp_path, step, built, keep=1, every=4, best=True, scores=scores)
+    assert [int(place.name[5:]) for place in sorted(tmp_path.iterdir())] == [0, 2, 4, 6, 7]
 
 
 def test_the_saver_writes_what_was_there_when_it_was_asked(tmp_path):

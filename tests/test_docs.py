@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from cyclopts import CycloptsError
 
 from codistill.cli import app
 from codistill.errors import UserError
@@ -12,7 +13,7 @@ from codistill.loading import load, override, to_dict
 from codistill.recipes import find
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -32,12 +33,14 @@ def test_files_that_are_named_exist(page):
 
 
 def commands(page: Path) -> list[list[str]]:
-    """What stands after `codistill` in the page's shell blocks and indented commands, line continuations joined."""
+    """What stands after `codistill` in the page's shell blocks and indented commands, line continuations joined.
+
+    Commands that torchrun starts are among them.
+    """
     text = page.read_text().replace("\\\n", " ")
     fenced = "\n".join(re.findall(r"^```(?:sh|bash|shell)\n(.*?)^```", text, flags=re.M | re.S))
-    lines = re.findall(r"^codistill +(.+)$", fenced, flags=re.M) + re.findall(
-        r"^ {4}codistill +(.+)$", text, flags=re.M
-    )
+    typed = r"^(?:\w+=\S+ )*(?:torchrun .*)?codistill +([a-z].+)$"
+    lines = re.findall(typed, fenced, flags=re.M) + re.findall(r"^ {4}codistill +(.+)$", text, flags=re.M)
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -47,7 +50,11 @@ def test_commands_and_settings_exist(page):
         if name.startswith(("-", "COMMAND")):
             continue
         assert name in app, f"{page.name}: codistill {name}"
-        if name in ("train", "show") and arguments and arguments[0].split(":")[0].isidentifier():
+        try:  # as the command line reads it: unknown options, missing ones, values of the wrong kind
+            app.parse_args([name, *arguments], exit_on_error=False, print_error=False)
+        except CycloptsError as error:
+            pytest.fail(f"{page.name}: codistill {name} {' '.join(arguments)}: {error}")
+        if name in ("train", "show", "lr") and arguments and arguments[0].split(":")[0].isidentifier():
             settings = [arguments[i + 1] for i, argument in enumerate(arguments) if argument == "--set"]
             try:
                 load(override(to_dict(find(arguments[0])), settings))

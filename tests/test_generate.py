@@ -1,6 +1,5 @@
 """Text from trained members, and the cards that come with them."""
 
-import re
 import shutil
 
 import pytest
@@ -79,21 +78,19 @@ def test_every_member_has_a_card(folder):
     card = (folder / "members" / "large" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
     assert "# large\n\nA causal language model of 0.0" in card
-    assert "recipe `dwt-clm:tiny`" in card
-    assert re.search(r"\| weak \(from `.*/members/large`; frozen\) \| forward_kl \| 1.0 \| 1 \|", card)
-    assert f"{run.provenance['data']['train']['tokens']:,} tokens; tokenizer `" in card
-    assert "150 steps of 8 rows; AdamW, learning rate 0.01" in card
-    assert re.search(r"\| \*\*large\*\* \| \d\.\d{3} \| ", card)
+    assert "a run of `dwt-clm:tiny`" in card
+    assert "| `weak`, begun as `large`; frozen | forward_kl | 1.0 | 1.0 |" in card
+    assert f"{run.provenance['data']['train']['tokens']:,} tokens (content " in card
+    assert "tokens in 150 steps of 8 × 32 tokens" in card
     assert str(folder.parent) not in card
     assert "AutoModelForCausalLM.from_pretrained" in card
     weak = (folder / "members" / "weak" / "README.md").read_text()
-    assert "a teacher, not trained in this run" in weak
-    assert "## Training" not in weak
+    assert "taken as it was and not trained" in weak
 
 
 def test_a_masked_members_card(text, tmp_path):
     out = train(small_run("ctcd", text, "steps=2"), tmp_path / "run", device="cpu")
     card = (out / "members" / "small" / "README.md").read_text()
     assert "A masked language model" in card
-    assert "| large (modernbert, 2 layers × 32; trained beside it) | forward_kl |" in card
+    assert "| `large` (modernbert, 2 layers × 32), initialised at random; trained beside it | forward_kl |" in card
     assert "pipeline_tag: fill-mask" in card

@@ -28,6 +28,11 @@ def test_overrides_reach_every_part():
     assert (run.distillation[0].weight, run.distillation[1].weight) == (1.0, {"linear": [4, 1]})
 
 
+def test_a_schedule_of_steps_round_trips():
+    run = load({"members": {"a": {"model": {}, "lr": {"step": {0: 1e-3, 100: 1e-4}}}}})
+    assert load(parse_yaml(to_yaml(run), "test")) == run
+
+
 def test_a_twin_follows_its_original():
     run = load(override(to_dict(find("quickstart")), ["members.large.model.layers=3", "members.small-alone.lr=1e-4"]))
     assert run.members["large-alone"].model.layers == 3

@@ -21,8 +21,8 @@ def filled(file, losses) -> MetricsLog:
 
 def test_a_loss_far_above_its_recent_course_is_a_spike(tmp_path):
     log = filled(tmp_path / "metrics.jsonl", [3 - step / 100 for step in range(20)])
-    assert "spike: large" in log.write(21, hard(5.0))
-    assert "spike" not in log.write(22, hard(2.8))
+    assert "spike: large" in log.write(21, hard(5.0)).note
+    assert "spike" not in log.write(22, hard(2.8)).note
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "large/hard" in line]
     assert [line["step"] for line in lines if "spikes" in line] == [21]
     assert lines[-2]["spikes"] == ["large"]
@@ -31,7 +31,7 @@ def test_a_loss_far_above_its_recent_course_is_a_spike(tmp_path):
 def test_a_loss_that_is_not_finite_spoils_no_later_judgement(tmp_path):
     log = filled(tmp_path / "metrics.jsonl", [3.0, 2.9] * 6)
     log.write(13, hard(float("nan")))
-    assert "spike: large" in log.write(14, hard(9.0))
+    assert "spike: large" in log.write(14, hard(9.0)).note
 
 
 def test_a_resumed_log_judges_like_the_straight_one(tmp_path):

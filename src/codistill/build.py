@@ -80,7 +80,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer)
     validation = _prepared(run.data.validation, tokenizer, "data.validation", ranks)
-    objective = CausalLM() if run.objective.name == "clm" else MaskedLM(run.objective.mask_rate)
+    objective = objective_of(run)
     unseen = held_out(
         validation,
         objective,
@@ -112,6 +112,11 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         "models": models,
     }
     return materials, {name: Predictor(model, vocabulary_size(tokenizer)) for name, model in models.items()}
+
+
+def objective_of(run: Run) -> MaskedLM | CausalLM:
+    """What makes the batches of `run`."""
+    return CausalLM() if run.objective.name == "clm" else MaskedLM(run.objective.mask_rate)
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -257,6 +262,8 @@ def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
 
 def _member(run: Run, name: str, predictor: Predictor) -> Member:
     config = run.members[name]
+    if config.gradient_checkpointing:
+        _recompute_activations(predictor, name)
     return Member(
         name,
         predictor,
@@ -266,6 +273,16 @@ def _member(run: Run, name: str, predictor: Predictor) -> Member:
         clip=config.clip,
         noise_key=config.twin_of or name,
     )
+
+
+def _recompute_activations(predictor: Predictor, name: str) -> None:
+    model = cast(PreTrainedModel, predictor.model)
+    if not model.supports_gradient_checkpointing:
+        family = model.config.model_type
+        raise UserError(f"members.{name}.gradient_checkpointing: {family} cannot do it; leave it out")
+    # Renamed in the course of transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
 
 
 def adamw(module: nn.Module, weight_decay: float, betas: Sequence[float], eps: float) -> Optimizer:

@@ -55,7 +55,7 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `newest`, every one whose step `every` divides, the one of the best score."""
+    """Which checkpoints stay: the newest `newest`, every one whose step `every` divides, each member's `best`."""
 
     newest: int
     every: int | None = None
@@ -74,12 +74,12 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
 
-    def save(self, step: int, members: Mapping[str, Trained], score: float | None = None) -> None:
-        """Starts a checkpoint of the state before step `step`; `score` is a held-out loss, lower is better."""
+    def save(self, step: int, members: Mapping[str, Trained], scores: Mapping[str, float] | None = None) -> None:
+        """Starts a checkpoint of the state before step `step`; `scores` are held-out losses by member."""
         self.ranks.on_main(self._wait)
         snapshots = {name: snapshot(member, self.ranks) for name, member in members.items()}
         if self.ranks.is_main:
-            self._writing = self._thread.submit(write, self.folder, step, snapshots, self.retention, score)
+            self._writing = self._thread.submit(write, self.folder, step, snapshots, self.retention, scores)
 
     def finish(self) -> None:
         """Returns once everything is on disk."""
@@ -124,7 +124,7 @@ def write(
     step: int,
     snapshots: Mapping[str, Snapshot],
     retention: Retention = Retention(newest=2),
-    score: float | None = None,
+    scores: Mapping[str, float] | None = None,
 ) -> Path:
     """Writes `folder`/step-…, then drops what `retention` does not keep. Raises MachineError; keeps what was there."""
     place = place_of(folder, step)
@@ -136,7 +136,7 @@ def write(
             save_file(member.moments, fresh / name / "optimizer.safetensors")
             if member.projections:
                 save_file(member.projections, fresh / name / "projections.safetensors")
-        _write_manifest(fresh, step, score)
+        _write_manifest(fresh, step, scores)
     for old in _dropped(folder, retention):
         shutil.rmtree(old, ignore_errors=True)
     return place
@@ -211,16 +211,16 @@ def _dropped(folder: Path, retention: Retention) -> list[Path]:
     if retention.every is not None:
         kept |= {place for place in places if int(place.name[5:]) % retention.every == 0}
     if retention.best:
-        scores = {place: (_read_manifest(place) or {}).get("score") for place in places}
-        scored = {place: score for place, score in scores.items() if score is not None}
-        kept |= {min(scored, key=lambda place: (scored[place], place))} if scored else set()
+        scored = [(place, (_read_manifest(place) or {}).get("scores") or {}) for place in places]
+        for name in {name for _, scores in scored for name in scores}:
+            kept.add(min((scores[name], place) for place, scores in scored if name in scores)[1])
     return [place for place in places if place not in kept]
 
 
-def _write_manifest(fresh: Path, step: int, score: float | None) -> None:
+def _write_manifest(fresh: Path, step: int, scores: Mapping[str, float] | None) -> None:
     files = sorted(file for file in fresh.rglob("*") if file.is_file())
     entries = {str(file.relative_to(fresh)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    content = {"step": step, "score": score, "files": entries}
+    content = {"step": step, "scores": scores, "files": entries}
     (fresh / "manifest.json").write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1))
 
 

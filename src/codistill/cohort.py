@@ -151,6 +151,11 @@ class Cohort:
         metrics = {name: _sum([parts[name] for parts in losses]) for name in losses[0]}
         return dict(zip(metrics, self.ranks.sum(list(metrics.values())), strict=True))
 
+    def weight_norms(self) -> dict[str, Tensor]:
+        """`NAME/weight_norm` of every trained member: the norm of all its parameters, as device scalars."""
+        norms = self.ranks.norms([m.parameters for m in self.trained])
+        return {f"{m.name}/weight_norm": norm for m, norm in zip(self.trained, norms, strict=True)}
+
     def failure(self) -> Failure | None:
         """What went wrong, if updates are suppressed; waits for the device, so ask when logging."""
         return self._watch.failure()

@@ -92,7 +92,9 @@ class MemberConfig:
     A new one starts at random, or with `init` from another model of any size. `trust_remote_code`: run Python code
     that comes with the model at `path`.
     `cached`: a folder of `codistill cache-teacher`, read in place of running a frozen member (docs/causal.md).
-    `twin_of` names a member whose settings, initialisation and noise this one shares, for a paired comparison.
+    `gradient_checkpointing` computes activations again in the backward pass instead of keeping them: the same bits,
+    less memory, more time. `twin_of` names a member whose settings, initialisation and noise this one shares, for a
+    paired comparison.
     """
 
     model: ModelConfig | None = None
@@ -108,6 +110,7 @@ class MemberConfig:
     eps: float = limited(1e-8, above=0)
     weight_decay: float = limited(0.01, low=0)
     clip: float = limited(1.0, above=0)
+    gradient_checkpointing: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +173,8 @@ class BatchSize:
 class Checkpointing:
     """A checkpoint every `every` steps and at the end.
 
-    The newest `keep` stay, those whose step `keep_every` divides, and with `keep_best` the one with the lowest held-out
-    loss, summed over the trained members, of those that were saved right after an evaluation.
+    The newest `keep` stay, those whose step `keep_every` divides, and with `keep_best` for each trained member the one
+    with its lowest held-out loss, of those that were saved right after an evaluation.
     """
 
     every: int = limited(1000, low=1)
@@ -189,6 +192,17 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStop:
+    """End the run after `patience` evaluations in a row without a held-out loss that is lower than the lowest before.
+
+    The loss is summed over the trained members; it counts as lower if it is so by more than `least` nats.
+    """
+
+    patience: int = limited(3, low=1)
+    least: float = limited(0.0, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Logging:
     """A line of `metrics.jsonl` every `every` steps; only there does the host wait for the device."""
 
@@ -202,6 +216,7 @@ class Run:
     `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
     `compile`: whether layers are compiled (faster; other roundings; up to a minute at the start).
     `distributed`: what the processes that torchrun starts share; auto is ddp where there are several, else single.
+    `track`: where to send the lines of `metrics.jsonl` besides; changes no number.
     """
 
     recipe: str | None = None
@@ -219,7 +234,9 @@ class Run:
     distributed: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
     checkpoint: Checkpointing = field(default_factory=Checkpointing)
     evaluate: Evaluation = field(default_factory=Evaluation)
+    stop_early: EarlyStop | None = None
     log: Logging = field(default_factory=Logging)
+    track: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
 
     @property

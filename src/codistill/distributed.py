@@ -119,11 +119,15 @@ class Ranks:
         if self.engine != "fsdp2":
             return [nn.utils.clip_grad_norm_(parameters, bound) for parameters, bound in groups]
         shards = [[_local(p.grad) for p in parameters if p.grad is not None] for parameters, _ in groups]
-        squares_M = torch.stack([nn.utils.get_total_norm(of_group).square() for of_group in shards])
-        norms_M = self._sum(squares_M).sqrt()
+        norms_M = self.norms(shards)
         for of_group, (_, bound), norm in zip(shards, groups, norms_M, strict=True):
             torch._foreach_mul_(of_group, (bound / (norm + 1e-6)).clamp(max=1.0))
-        return list(norms_M)
+        return norms_M
+
+    def norms(self, groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The norm of each group of tensors, shards on other ranks included, as 0-d tensors on the device."""
+        norms = [nn.utils.get_total_norm([_local(tensor.detach()) for tensor in group]) for group in groups]
+        return norms if self.engine != "fsdp2" else list(self._sum(torch.stack(norms).square()).sqrt())
 
     # ---- scalars and words ----------------------------------------------------------------------
 

@@ -233,6 +233,8 @@ def _check_member(name: str, member: Any) -> None:
         raise UserError(
             f"members.{name}.cached: {name} is trained, and only a frozen member's outputs stay as they are"
         )
+    if member.gradient_checkpointing and member.frozen:
+        raise UserError(f"members.{name}.gradient_checkpointing: a frozen member keeps no activations; leave it out")
     if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
         raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
     if member.model is not None:
@@ -312,7 +314,12 @@ def _copied(tree: Any) -> Any:
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
 
 
+def _written(key: Any) -> Any:
+    """A key as it stands in a file: without the underscore of a name that Python reserves; a step is a number."""
+    return key.rstrip("_") if isinstance(key, str) else key
+
+
 def _without_none(tree: Any) -> Any:
     if isinstance(tree, dict):
-        return {key.rstrip("_"): _without_none(value) for key, value in tree.items() if value is not None}
+        return {_written(key): _without_none(value) for key, value in tree.items() if value is not None}
     return [_without_none(value) for value in tree] if isinstance(tree, list) else tree

@@ -5,9 +5,9 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,16 +19,29 @@ _DEVIATIONS, _LINES_BEFORE, _LINES_NEEDED = 8.0, 50, 10
 _MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 
 
-class MetricsLog:
-    """Appends to a metrics file. Lines after step `first` are dropped on opening: they are about to be redone."""
+class Logged(NamedTuple):
+    """What was logged of a step: `numbers` as in the file, and a `note` for the progress bar."""
 
-    def __init__(self, file: Path, first: int, tokens_per_step: int):
-        self.file, self.first, self.tokens_per_step = file, first, tokens_per_step
+    note: str
+    numbers: dict[str, float]
+
+
+class MetricsLog:
+    """Appends to a metrics file. Lines after step `first` are dropped on opening: they are about to be redone.
+
+    `also` is given every line that was appended, as a mapping.
+    """
+
+    def __init__(
+        self, file: Path, first: int, tokens_per_step: int, also: Callable[[Mapping[str, Any]], None] | None = None
+    ):
+        self.file, self.first, self.tokens_per_step, self.also = file, first, tokens_per_step, also
         kept = [line for line in read_metrics(file) if line["step"] <= first]
         self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self.skipped_before = max((line.get("skipped", 0) for line in kept), default=0)
         if not file.exists() or file.is_file():  # and not the null device of a rank that writes nothing
             write_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+        self.held_out = [(line["step"], _losses(line["held_out"])) for line in kept if "held_out" in line]
         self.started = time.monotonic()
         self.recent: dict[str, deque[float]] = {}
         for line in kept:
@@ -39,8 +52,8 @@ class MetricsLog:
         """Spent on the run so far, before it was resumed included."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def write(self, step: int, metrics: Mapping[str, torch.Tensor], skipped: int = 0) -> str:
-        """Logs device scalars, waiting for them once; returns a note for the progress bar."""
+    def write(self, step: int, metrics: Mapping[str, torch.Tensor], skipped: int = 0) -> Logged:
+        """Logs device scalars, waiting for them once."""
         skipped += self.skipped_before
         values = torch.stack([value.float() for value in metrics.values()]).tolist()
         named: dict[str, Any] = dict(zip(metrics, values, strict=True))
@@ -50,12 +63,28 @@ class MetricsLog:
         self._append(line | ({"spikes": spikes} if spikes else {}) | ({"skipped": skipped} if skipped else {}))
         rate = (step - self.first) * self.tokens_per_step / (time.monotonic() - self.started)
         losses = " ".join(f"{key.removesuffix('/hard')} {value:.3f}" for key, value in _hard(named).items())
-        return f"{losses} | {rate:,.0f} tokens/s" + (f" | spike: {', '.join(spikes)}" if spikes else "")
+        note = f"{losses} | {rate:,.0f} tokens/s" + (f" | spike: {', '.join(spikes)}" if spikes else "")
+        return Logged(note, named)
 
     def write_held_out(self, step: int, scores: Mapping[str, Score]) -> None:
         """Logs the held-out scores after `step` steps."""
         table = {name: {"loss": score.loss, "accuracy": score.accuracy} for name, score in scores.items()}
+        self.held_out.append((step, _losses(table)))
         self._append({"step": step, "seconds": round(self.seconds, 3), "held_out": table})
+
+    def best(self) -> dict[str, dict[str, float]]:
+        """For each member, after which step its held-out loss was lowest, and that loss in nats."""
+        names = dict.fromkeys(name for _, losses in self.held_out for name in losses)
+        lowest = {name: min((losses[name], step) for step, losses in self.held_out) for name in names}
+        return {name: {"step": step, "loss": loss} for name, (loss, step) in lowest.items()}
+
+    def is_stale(self, names: Sequence[str], patience: int, least: float) -> bool:
+        """Whether the last `patience` held-out losses, summed over `names`, are not below the lowest before them."""
+        lowest, since = math.inf, 0
+        for _, losses in self.held_out:
+            total = sum(losses[name] for name in names)
+            lowest, since = (total, 0) if total < lowest - least else (lowest, since + 1)
+        return since >= patience
 
     def spikes(self, named: Mapping[str, float]) -> list[str]:
         """The members whose hard loss lies far above its recent course."""
@@ -78,6 +107,8 @@ class MetricsLog:
     def _append(self, line: Mapping[str, Any]) -> None:
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+        if self.also is not None:
+            self.also(line)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -91,6 +122,10 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def _losses(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {name: score["loss"] for name, score in table.items()}
 
 
 def _hard(named: Mapping[str, Any]) -> dict[str, float]:

@@ -1,107 +1,127 @@
-"""The model card of a run's member: what it is, what taught it, on what text, and how well it does."""
+"""The card of a member: what it is, who taught it, on what text, and what was measured. From the run folder only."""
 
+import json
 from collections.abc import Mapping
-from pathlib import PurePath
+from dataclasses import replace
 from typing import Any
 
-from codistill.config import MemberConfig, Run
-
-_KIND = {
-    "mlm": ("masked", "fill-mask", "AutoModelForMaskedLM"),
-    "clm": ("causal", "text-generation", "AutoModelForCausalLM"),
-}
+from codistill.config import DistillationConfig, MemberConfig, Run
+from codistill.loading import to_yaml
 
 
-def model_card(run: Run, results: Mapping[str, Any], name: str) -> str:
-    """A README.md in Markdown with the header that model hubs read, of the member `name` of a finished run.
+def model_card(run: Run, results: Mapping[str, Any], member: str) -> str:
+    """Markdown, with the front matter that the hub reads, for `member` of a finished run.
 
     `run` as its run.yaml says it, provenance included; `results` as in its results.json. Says nothing of a licence,
-    which is for whoever publishes the model to choose.
+    which is for whoever publishes the model to choose. Names of text sources are cut to their last part: where they lay
+    on somebody's disk is nobody's business.
     """
-    parts = [_header(run), _what(run, results, name), _teachers(run, name), _data(run, results)]
-    parts += [_training(run, name), _results(run, results, name), _use(run)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    parts = [_front_matter(run), _what(run, results, member), _teaching(run, member), _data(run, results)]
+    return "\n".join([*parts, _results(run, results, member), _use(run), _again(run)])
 
 
-def _header(run: Run) -> str:
-    _, task, _ = _KIND[run.objective.name]
-    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags:\n- codistill\n---"
+def _front_matter(run: Run) -> str:
+    task = {"mlm": "fill-mask", "clm": "text-generation"}[run.objective.name]
+    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [codistill, distillation]\n---\n"
 
 
-def _what(run: Run, results: Mapping[str, Any], name: str) -> str:
-    member, kind = run.members[name], _KIND[run.objective.name][0]
-    millions = results["members"][name]["parameters"] / 1e6
-    how = "a teacher, not trained in this run" if member.frozen else "trained"
-    recipe = f"recipe `{run.recipe}`" if run.recipe else "a configuration of its own"
-    version = ((run.provenance or {}).get("versions") or {}).get("codistill")
-    tool = "codistill" + (f" {version}" if version else "")
-    model = f"A {kind} language model of {millions:.2f} M parameters ({_shape(member)})"
-    return f"# {name}\n\n{model}, {how} with {tool}, {recipe}."
+def _what(run: Run, results: Mapping[str, Any], member: str) -> str:
+    kind = {"mlm": "masked", "clm": "causal"}[run.objective.name]
+    came = (run.provenance or {}).get("versions", {}).get("codistill", "an unknown version")
+    size = f"{results['members'][member]['parameters'] / 1e6:.2f} M parameters"
+    made = (
+        "taken as it was and not trained" if run.members[member].frozen else f"trained for {results['steps']:,} steps"
+    )
+    return (
+        f"# {member}\n\nA {kind} language model of {size}{_shape(run.members[member])}, {made} with codistill ({came}) "
+        f"as the member `{member}` of a run of `{run.recipe or 'a configuration of its own'}`.\n"
+    )
 
 
 def _shape(member: MemberConfig) -> str:
     if member.model is None:
-        return f"from `{_place(member.path or '?')}`"
-    start = f", begun from `{_place(member.init.from_)}`" if member.init else ""
-    return f"{member.model.family}, {member.model.layers} layers × {member.model.width}{start}"
+        return f", begun as `{_last_part(member.path)}`"
+    begun = f", initialised from `{_last_part(member.init.from_)}`" if member.init else ", initialised at random"
+    return f" ({member.model.family}, {member.model.layers} layers × {member.model.width}){begun}"
 
 
-def _teachers(run: Run, name: str) -> str:
-    edges = [edge for edge in run.distillation if edge.student == name]
+def _teaching(run: Run, member: str) -> str:
+    edges = [edge for edge in run.distillation if edge.student == member]
     if not edges:
-        return "" if run.members[name].frozen else "## Teachers\n\nNone: it learned from the text alone."
-    rows = ["| teacher | divergence | weight | temperature |", "|---|---|---|---|"]
-    for edge in edges:
-        teacher = run.members[edge.teacher]
-        state = "frozen" if teacher.frozen else "trained beside it"
-        who = f"{edge.teacher} ({_shape(teacher)}; {state})"
-        rows.append(f"| {who} | {edge.divergence} | {edge.weight} | {edge.temperature:g} |")
-    return f"## Teachers\n\nHard weight {run.members[name].hard_weight}.\n\n" + "\n".join(rows)
+        return "## Teachers\n\nNone.\n"
+    head = "| teacher | divergence | temperature | weight |\n|---|---|---|---|"
+    return "\n".join(["## Teachers\n", head, *(_edge(run, edge) for edge in edges), ""])
+
+
+def _edge(run: Run, edge: DistillationConfig) -> str:
+    teacher = run.members[edge.teacher]
+    learns = "frozen" if teacher.frozen else "trained beside it"
+    weight = edge.weight if isinstance(edge.weight, int | float) else f"`{json.dumps(edge.weight)}`"
+    what = {"hidden": "hidden states", "relation": "attention relations"}.get(edge.kind, edge.divergence)
+    return f"| `{edge.teacher}`{_shape(teacher)}; {learns} | {what} | {edge.temperature} | {weight} |"
 
 
 def _data(run: Run, results: Mapping[str, Any]) -> str:
-    facts = ((run.provenance or {}).get("data") or {}).get("train") or {}
-    sources = ", ".join(f"`{_place(source)}`" for source in run.data.train)
-    size = f", {facts['documents']:,} documents of {facts['tokens']:,} tokens" if facts else ""
-    seen = f"{results['tokens']:,} tokens were seen"
-    passes = f", {results['tokens'] / facts['tokens']:.2f} times the text" if facts else ""
-    rows = f"rows of {run.data.length} tokens" + (", documents kept apart" if run.data.within_documents else "")
-    return f"## Data\n\n{sources}{size}; tokenizer `{_place(run.data.tokenizer or 'its own')}`; {rows}. {seen}{passes}."
+    facts = (run.provenance or {}).get("data", {})
+    lines = ["## Data\n"]
+    for split, sources in (("train", run.data.train), ("validation", run.data.validation)):
+        of = facts.get(split)
+        size = f": {of['documents']:,} documents, {of['tokens']:,} tokens (content {of['identity'][:16]})" if of else ""
+        lines.append(f"- {split}: {', '.join(f'`{_last_part(source)}`' for source in sources)}{size}")
+    batch = f"{run.batch.sequences} × {run.data.length} tokens"
+    seen = f"{results['tokens']:,} tokens in {results['steps']:,} steps of {batch}"
+    passes = f", {results['tokens'] / facts['train']['tokens']:.3g} passes over the text" if "train" in facts else ""
+    return "\n".join([*lines, f"- seen in training: {seen}{passes}", ""])
 
 
-def _training(run: Run, name: str) -> str:
-    member = run.members[name]
-    if member.frozen:
-        return ""
+def _results(run: Run, results: Mapping[str, Any], member: str) -> str:
+    own, held_out, seed = results["members"][member], results["held_out"], results["seed"]
+    rows = [("loss (nats)", f"{own['loss']:.4f}"), ("perplexity", f"{own['perplexity']:.2f}")]
+    rows += [("accuracy (top 1)", f"{own['accuracy']:.2%}")]
+    rows += [("unigram cross-entropy of the same tokens", f"{held_out['unigram_loss']:.4f}")]
+    rows += [
+        (f"loss of `{name}`, the same model, {_by(other)}", f"{other['loss']:.4f}")
+        for name, other in results["members"].items()
+        if member in (other["twin_of"],) or name == own["twin_of"]
+    ]
+    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     return (
-        f"## Training\n\n{run.steps:,} steps of {run.batch.sequences} rows; AdamW, learning rate {member.lr}, betas "
-        f"{member.betas}, weight decay {member.weight_decay:g}, gradients clipped at {member.clip:g}; "
-        f"{run.precision}; seed {run.seed}."
+        f"## Results\n\nOn {held_out['rows']:,} predicted tokens of the validation text. One run, seed {seed}, "
+        f"so without an error bar; products in {results['precision']}.\n\n| measure | value |\n|---|---|\n{table}\n\n"
+        "Nothing else was measured: no downstream task, no bias and no safety evaluation.\n"
     )
 
 
-def _results(run: Run, results: Mapping[str, Any], name: str) -> str:
-    rows = ["| member | loss | perplexity | accuracy |", "|---|---|---|---|"]
-    for member, score in results["members"].items():
-        title = f"**{member}**" if member == name else member
-        rows.append(f"| {title} | {score['loss']:.3f} | {score['perplexity']:.1f} | {score['accuracy']:.1%} |")
-    unigram, count = results["held_out"]["unigram_loss"], results["held_out"]["rows"]
-    what = "masked tokens" if run.objective.name == "mlm" else "next tokens"
-    return (
-        f"## Results\n\nHeld-out loss in nats over {count:,} {what} (one run; knowing how often each token occurs, and "
-        f"nothing else, gives {unigram:.3f}):\n\n" + "\n".join(rows)
-    )
+def _by(member: Mapping[str, Any]) -> str:
+    return f"taught by {' and '.join(member['taught_by'])}" if member["taught_by"] else "taught by nobody"
 
 
 def _use(run: Run) -> str:
-    auto = _KIND[run.objective.name][2]
+    auto = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM"}[run.objective.name]
     return (
         f"## Use\n\n```python\nfrom transformers import AutoTokenizer, {auto}\n\n"
-        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
     )
 
 
-def _place(path: str) -> str:
-    """The end of an absolute path: whose machine it was is nobody's business."""
-    place = PurePath(path)
-    return "/".join(place.parts[-3:]) if place.is_absolute() else path
+def _again(run: Run) -> str:
+    tokenizer = _last_part(run.data.tokenizer) if run.data.tokenizer else None
+    train, validation = (
+        [_last_part(source) for source in sources] for sources in (run.data.train, run.data.validation)
+    )
+    data = replace(run.data, train=train, validation=validation, tokenizer=tokenizer)
+    members = {name: _without_place(member) for name, member in run.members.items()}
+    plain = to_yaml(replace(run, provenance=None, data=data, members=members))
+    return (
+        "## The whole recipe\n\nFor `codistill train`, once text and models are named where they lie.\n\n"
+        f"```yaml\n{plain}```\n"
+    )
+
+
+def _without_place(member: MemberConfig) -> MemberConfig:
+    init = replace(member.init, from_=_last_part(member.init.from_)) if member.init else None
+    return replace(member, path=_last_part(member.path) if member.path else None, init=init)
+
+
+def _last_part(place: str | None) -> str:
+    return (place or "").rstrip("/").rpartition("/")[2]

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -101,11 +101,19 @@ def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, A
     return past if past and before == now else [*past, {"from_step": first, **now}]
 
 
-def finish(run: Run, built: Built, out: Path, scores: Mapping[str, Score], seconds: float) -> None:
+class Ending(NamedTuple):
+    """How a run ended: after which step, with which held-out scores, and where each member's loss was lowest."""
+
+    step: int
+    scores: Mapping[str, Score]
+    best: Mapping[str, Mapping[str, float]]
+
+
+def finish(run: Run, built: Built, out: Path, ending: Ending, seconds: float) -> None:
     """Writes the final members, and `results.json` last of all: it marks a run as finished. All ranks take part."""
     ranks = built.cohort.ranks
     parameters = {name: gathered(distinct(model), ranks) for name, model in built.models.items()}
-    ranks.on_main(lambda: _write_final(run, built, out, parameters, scores, seconds))
+    ranks.on_main(lambda: _write_final(run, built, out, parameters, ending, seconds))
 
 
 def _write_final(
@@ -113,15 +121,16 @@ def _write_final(
     built: Built,
     out: Path,
     parameters: Mapping[str, dict[str, Tensor]],
-    scores: Mapping[str, Score],
+    ending: Ending,
     seconds: float,
 ) -> None:
     results = {
-        "members": {name: _result(run, built, name, score) for name, score in scores.items()},
-        "held_out": {"unigram_loss": built.unigram, "rows": next(iter(scores.values())).rows},
+        "members": {name: _result(run, built, name, ending) for name in ending.scores},
+        "held_out": {"unigram_loss": built.unigram, "rows": next(iter(ending.scores.values())).rows},
         "objective": run.objective.name,
-        "steps": run.steps,
-        "tokens": run.steps * run.batch.sequences * run.data.length,
+        "steps": ending.step,
+        "stopped_early": ending.step < run.steps,
+        "tokens": ending.step * run.batch.sequences * run.data.length,
         "seconds": round(seconds, 1),
         "seed": run.seed,
         "precision": run.precision,
@@ -134,7 +143,8 @@ def _write_final(
     write_file(out / "results.json", json.dumps(results, indent=1))
 
 
-def _result(run: Run, built: Built, name: str, score: Score) -> dict[str, Any]:
+def _result(run: Run, built: Built, name: str, ending: Ending) -> dict[str, Any]:
+    score = ending.scores[name]
     return {
         "loss": score.loss,
         "perplexity": score.perplexity,
@@ -143,11 +153,12 @@ def _result(run: Run, built: Built, name: str, score: Score) -> dict[str, Any]:
         "taught_by": [edge.teacher for edge in run.distillation if edge.student == name],
         "twin_of": run.members[name].twin_of,
         "frozen": run.members[name].frozen,
+        "best": None if run.members[name].frozen else ending.best.get(name),
     }
 
 
 def _changed_settings(old: Run, new: Run) -> list[str]:
-    was, now = (_flat(to_dict(replace(run, provenance=None, distributed="auto"))) for run in (old, new))
+    was, now = (_flat(to_dict(replace(run, provenance=None, distributed="auto", track=[]))) for run in (old, new))
     return [
         f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())

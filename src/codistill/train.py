@@ -28,6 +28,7 @@ from codistill.objectives import Batch
 from codistill.progress import Advance, silent
 from codistill.run_folder import (
     DETERMINING,
+    Ending,
     check_folder,
     check_provenance,
     distribution,
@@ -36,6 +37,7 @@ from codistill.run_folder import (
     open_folder,
 )
 from codistill.scores import Score, held_out
+from codistill.tracking import Tracker, check_installed
 from codistill.watch import NonFiniteError
 
 
@@ -61,6 +63,7 @@ def train(
     saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way. Seeds PyTorch's
     global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
     """
+    check_installed(run.track)
     ranks = distributed.start(run.distributed, device)
     if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
@@ -123,19 +126,21 @@ def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks)
 def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
     ranks, trained = built.cohort.ranks, _trained(built)
     file = out / "metrics.jsonl" if ranks.is_main else Path(os.devnull)
-    log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length))
+    tracker = Tracker(run if ranks.is_main else replace(run, track=[]), out, first)
+    log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length, tracker.log))
     keep = run.checkpoint
     saver = Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)
     try:
         save = partial(saver.save, members=trained)
         with closing(prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world)) as batches:
-            scores = _loop(run, built, first, batches, log, advance, asked_to_stop, save)
+            ending = _loop(run, built, first, batches, log, advance, asked_to_stop, save)
         saver.finish()
     finally:
         saver.close()
-    if scores is None:
+        tracker.close()
+    if ending is None:
         raise Stopped(out)
-    finish(run, built, out, scores, log.seconds)
+    finish(run, built, out, ending, log.seconds)
 
 
 def _loop(
@@ -147,31 +152,46 @@ def _loop(
     advance: Advance,
     asked_to_stop: Callable[[int], bool],
     save: Callable[..., None],
-) -> dict[str, Score] | None:
-    """The final scores, or None if it was asked to stop."""
+) -> Ending | None:
+    """How the run ended, or None if it was asked to stop."""
+    ranks, done = built.cohort.ranks, first
+    if _is_stale(run, ranks, log):
+        return Ending(done, score_members(built, run), log.best())
     scores: dict[str, Score] = {}
-    ranks = built.cohort.ranks
     for done, micro_batches in enumerate(batches, start=first + 1):
         metrics = built.cohort.step(done - 1, [batch.to(built.cohort.device) for batch in micro_batches])
-        ends, score = done == run.steps, None
+        ends, losses = done == run.steps, None
         if ends or done % run.log.every == 0:
+            metrics |= built.cohort.weight_norms()
             ranks.together(partial(_report, built, done, metrics, log, advance))
         if ends or done % run.evaluate.every == 0:
             scores = score_members(built, run)
             ranks.together(partial(log.write_held_out, done, scores))
-            score = sum(scores[member.name].loss for member in built.cohort.trained)
+            advance(done, numbers={f"{name}/held_out_loss": score.loss for name, score in scores.items()})
+            losses = {member.name: scores[member.name].loss for member in built.cohort.trained}
+            ends = ends or _is_stale(run, ranks, log)
         stops = not ends and asked_to_stop(done)
         if ends or stops or done % run.checkpoint.every == 0:
             ranks.together(partial(check_finite, built))
-            save(done, score=score)
+            save(done, scores=losses)
         if stops:
             return None
-    return scores or score_members(built, run)
+        if ends:
+            break
+    return Ending(done, scores or score_members(built, run), log.best())
+
+
+def _is_stale(run: Run, ranks: Ranks, log: MetricsLog) -> bool:
+    """Whether `stop_early` ends the run here; rank 0 decides, whose log goes back to before a resumption."""
+    if run.stop_early is None:
+        return False
+    return bool(ranks.number(int(log.is_stale(run.trained, run.stop_early.patience, run.stop_early.least))))
 
 
 def _report(built: Built, done: int, metrics: Mapping[str, Tensor], log: MetricsLog, advance: Advance) -> None:
     check_finite(built)
-    advance(done, log.write(done, metrics, built.cohort.num_skipped()))
+    logged = log.write(done, metrics, built.cohort.num_skipped())
+    advance(done, logged.note, numbers=logged.numbers)
 
 
 def check_finite(built: Built) -> None:

@@ -1,4 +1,4 @@
-"""train, recipes, show."""
+"""train, lr, recipes, show."""
 
 import os
 import shlex
@@ -44,6 +44,32 @@ def train(
 
 
 @app.command
+def lr(
+    source: Source,
+    /,
+    *,
+    set_: Settings = None,
+    rates: Annotated[str, Parameter(help="Peak learning rates, with commas.")] = "1e-4,3e-4,1e-3,3e-3,1e-2",
+    steps: Annotated[int, Parameter(help="Of each of the short runs.")] = 100,
+    device: Device = None,
+) -> None:
+    """Find learning rates: a short run of the whole cohort for each rate, and what each member reached.
+
+    Example: codistill lr ctcd:tiny --rates 1e-3,3e-3,1e-2 --steps 200
+    """
+    run = resolve(source, [*(set_ or []), f"steps={steps}"])
+    tried = [_rate(part) for part in rates.split(",")]
+    check_teachers(run)
+    from codistill.progress import shown
+
+    with shown("loading", 1):
+        from codistill.rates import rates_table, try_rates
+    with shown("trying", steps * len(tried)) as advance:
+        trials = try_rates(run, tried, steps, device=device, advance=advance)
+    console.print(rates_table(trials, steps))
+
+
+@app.command
 def recipes() -> None:
     """List the recipes, one line each.
 
@@ -65,6 +91,13 @@ def show(source: Source, /, *, set_: Settings = None) -> None:
     print(to_yaml(resolve(source, set_ or [])), end="")
 
 
+def _rate(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"--rates: {text!r} is no number; write them as in --rates 1e-4,3e-4") from None
+
+
 def _default_folder(source: str) -> Path:
     path = Path(source)
     if path.name == "run.yaml":
@@ -73,15 +106,15 @@ def _default_folder(source: str) -> Path:
 
 
 def _train(run: Run, folder: Path, **options: Any) -> None:
-    from codistill.progress import quiet, shown
+    from codistill.progress import live, quiet, shown
 
-    shown = shown if speaks("RANK") else quiet
-    with shown("loading", 1):
+    view, wait = (live, shown) if speaks("RANK") else (quiet, quiet)
+    with wait("loading", 1):
         from codistill import report
         from codistill.train import Stopped
         from codistill.train import train as train_run
     try:
-        with shown("training", run.steps) as advance:
+        with view("training", run.steps) as advance:
             train_run(run, folder, advance=advance, **options)
     except Stopped:
         if speaks("RANK"):
