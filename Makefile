@@ -19,11 +19,12 @@ lint: .venv/test  ## Format, lint, types, and whether generated documentation is
 	$(BIN)/mypy
 	$(BIN)/python docs/generate_cli.py --check
 
-docs: .venv/test  ## Write the generated documentation anew
+docs: .venv/test  ## Write the generated documentation anew, and build the site from it
 	$(BIN)/python docs/generate_cli.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
 
 # torch goes first and alone, so that pip may take a build without CUDA where the machine offers one.
 .venv/torch: constraints.txt

@@ -4,15 +4,26 @@ Both are found by running it on fake tensors, which have shapes and types and no
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from codistill.members import Predictor
+
+Shape = tuple[int, ...]
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# PyTorch counts the attention of every device but this one's.
+_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,11 @@ def forward_cost(
             return tensor
 
         autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
-        with FlopCounterMode(display=False) as counter, saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        with (
+            FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter,
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            autocast,
+        ):
             features_ND = predictor({"input_ids": ids_BT}, torch.zeros(rows, dtype=torch.int64))
     return Cost(counter.get_total_flops(), sum(saved.values()), predictor.num_parameters, features_ND.shape[1])
 

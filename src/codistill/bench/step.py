@@ -16,7 +16,7 @@ from codistill.bench.measure import interleaved, machine, peak_bytes, summary
 from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_providers import Loop, ours, ours_apart, plain
 from codistill.build import build, resolved_precision
-from codistill.config import Run
+from codistill.config import MemberConfig, Run
 from codistill.costs import forward_cost, head_flops
 from codistill.errors import UserError
 from codistill.objectives import Batch
@@ -54,9 +54,9 @@ def bench_step(
     """The measurements as one JSON-able object; prints them as tables, and writes them to `out`.
 
     Steps of `run`, each provider with models and optimizers of its own, in turns; seconds are medians of `runs`. Before
-    anything is timed every provider's gradients are compared in float32 with ours (cosine, ratio of norms), and one
-    that is not installed or computes something else is an empty row that says why. `utilisation`: the step's
-    floating-point operations by time, over the rate of a large matrix product in the same precision on the same
+    anything is timed every provider's gradients are compared in float32, without dropout, with ours (cosine, ratio of
+    norms), and one that is not installed or computes something else is an empty row that says why. `utilisation`: the
+    step's floating-point operations by time, over the rate of a large matrix product in the same precision on the same
     machine. Raises UserError for an unknown provider.
     """
     chosen = list(PROVIDERS) if providers is None else list(providers)
@@ -120,7 +120,7 @@ def _turn(loop: Loop, batches: Sequence[Sequence[Batch]]) -> Callable[[], None]:
 
 def _comparable(run: Run, device: torch.device, batch: Sequence[Batch], rows: dict[str, dict]) -> dict[str, Loop]:
     """The loops whose gradients agree with ours in float32; why the others do not goes into their rows."""
-    exact = replace(run, precision="float32")
+    exact = replace(run, precision="float32", members={n: _without_dropout(m) for n, m in run.members.items()})
     wanted = _gradients(ours(exact, device), batch)
     loops = {}
     for name, row in rows.items():
@@ -136,6 +136,10 @@ def _comparable(run: Run, device: torch.device, batch: Sequence[Batch], rows: di
         except Exception as error:  # whatever keeps a peer from running is its row's reason
             row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return loops
+
+
+def _without_dropout(member: MemberConfig) -> MemberConfig:
+    return member if member.model is None else replace(member, model=replace(member.model, dropout=0.0))
 
 
 def _gradients(loop: Loop, batch: Sequence[Batch]) -> list[Tensor]:

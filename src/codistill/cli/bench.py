@@ -1,4 +1,4 @@
-"""bench loss, data, step: measurements side by side."""
+"""bench loss, data, step, latency: measurements side by side."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,3 +84,23 @@ def bench_step(
     from codistill.bench import bench_step as measure
 
     measure(resolve(source, set_ or []), device=device, runs=runs, providers=provider, out=out)
+
+
+@bench.command(name="latency")
+def bench_latency(
+    models: Annotated[list[Path], Parameter(help="Model folders, exported ones, or run folders (all their members).")],
+    /,
+    *,
+    length: Annotated[list[int] | None, Parameter(negative="", help="Tokens; may be repeated [128 and 512].")] = None,
+    batch: Annotated[int, Parameter(help="Sequences at a time, for the throughput.")] = 16,
+    runs: Annotated[int, Parameter(help="Timed answers of each, taken in turns.")] = 30,
+    device: Annotated[str, Parameter(help="cpu or cuda; ONNX runs on the CPU.")] = "cpu",
+    out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
+) -> None:
+    """How fast models answer: latency of one sequence, throughput of many, beside their held-out loss.
+
+    Example: codistill bench latency runs/ctcd-tiny exported/small-int8 --length 128
+    """
+    from codistill.bench import bench_latency as measure
+
+    measure(models, lengths=length or (128, 512), batch=batch, runs=runs, device=device, out=out)

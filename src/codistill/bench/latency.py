@@ -1,0 +1,144 @@
+"""`codistill bench latency`: how fast models answer, since the point of a small model is its speed."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from codistill.bench.measure import interleaved, machine
+from codistill.errors import UserError
+from codistill.members import load_model
+
+Answer = Callable[[np.ndarray], None]  # computes all logits of (B, T) token ids
+PERCENTILES = (50, 90, 99)
+
+
+def bench_latency(
+    models: Sequence[Path],
+    *,
+    lengths: Sequence[int] = (128, 512),
+    batch: int = 16,
+    runs: int = 30,
+    device: str = "cpu",
+    out: Path | None = None,
+) -> dict:
+    """The measurements as one JSON-able object; prints them as a table, and writes them to `out`.
+
+    `models`: Hugging Face folders, folders that `codistill export` wrote (ONNX and int8 run in onnxruntime), or run
+    folders, for all their members. All answer in turns, with full attention over random tokens and logits at every
+    position: one sequence at a time for the latency (percentiles of `runs`, in milliseconds), `batch` at a time for the
+    throughput (tokens a second, of the median). A run folder's held-out loss stands beside its members' speed. PyTorch
+    computes in float32. Raises UserError for a folder that holds no model and a length that a model cannot take.
+    """
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device: {device!r} is not here; wanted 'cpu' or, where there is one, 'cuda'")
+    found = {name: place for path in models for name, place in _found(path).items()}
+    longest = max(lengths)
+    answers = {name: _answer(place, device, longest) for name, place in found.items()}
+    rows = [_facts(name, place) for name, place in found.items()]
+    with torch.inference_mode():
+        for length in lengths:
+            for sequences, key in ((1, "latency"), (batch, "throughput")):
+                ids_BT = np.random.default_rng(0).integers(0, _vocabulary(found), (sequences, length))
+                seconds = interleaved({n: partial(answer, ids_BT) for n, answer in answers.items()}, runs, device)
+                for row in rows:
+                    row.setdefault(key, {})[str(length)] = _summary(seconds[row["model"]], sequences * length)
+    result = {
+        "benchmark": "latency",
+        "setting": {"lengths": list(lengths), "batch": batch, "runs": runs, "device": device},
+        "machine": machine(device, ("transformers", "onnxruntime")),
+        "date": time.strftime("%Y-%m-%d"),
+        "results": rows,
+    }
+    Console().print(table(result))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def table(result: dict) -> Table:
+    """A result of `bench_latency` for the eye."""
+    lengths, batch = result["setting"]["lengths"], result["setting"]["batch"]
+    shown = Table(title=f"One sequence: milliseconds, median (99th percentile); {batch} at a time: tokens/s")
+    for heading in ("model", "format", "MB", "held-out loss"):
+        shown.add_column(heading)
+    for length in lengths:
+        shown.add_column(f"{length} tokens", justify="right")
+        shown.add_column(f"{batch} × {length}", justify="right")
+    for row in result["results"]:
+        cells = [row["model"], row["format"], f"{row['bytes'] / 1e6:.1f}"]
+        cells.append("" if row["held_out_loss"] is None else f"{row['held_out_loss']:.3f}")
+        for length in map(str, lengths):
+            one, many = row["latency"][length], row["throughput"][length]
+            cells += [f"{one['p50_ms']:.2f} ({one['p99_ms']:.2f})", f"{many['tokens_per_second']:,.0f}"]
+        shown.add_row(*cells)
+    return shown
+
+
+def _found(path: Path) -> dict[str, Path]:
+    """Folders of models in `path`, by the name that they get in the table."""
+    if (path / "run.yaml").is_file():
+        return {f"{path.name}/{place.name}": place for place in sorted((path / "members").glob("*"))}
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no model and no finished run; give a model folder, an exported one, or a run folder")
+    return {path.name: path}
+
+
+def _facts(name: str, place: Path) -> dict[str, Any]:
+    weights = [*place.glob("*.safetensors"), *place.glob("model.onnx*")]
+    results, loss = place.parent.parent / "results.json", None
+    if results.is_file():
+        loss = json.loads(results.read_text())["members"].get(place.name, {}).get("loss")
+    export = place / "export.json"
+    kind = json.loads(export.read_text())["format"] if export.is_file() else "hf"
+    return {
+        "model": name,
+        "format": kind,
+        "bytes": sum(file.stat().st_size for file in weights),
+        "held_out_loss": loss if loss is None or math.isfinite(loss) else None,
+    }
+
+
+def _answer(place: Path, device: str, longest: int) -> Answer:
+    positions = json.loads((place / "config.json").read_text()).get("max_position_embeddings")
+    if positions is not None and positions < longest:
+        raise UserError(f"--length {longest}: {place} takes at most {positions} tokens")
+    return _onnx(place) if (place / "model.onnx").is_file() else _pytorch(place, device)
+
+
+def _pytorch(place: Path, device: str) -> Answer:
+    model = load_model(str(place), "model", needs_head=False).eval().to(device)  # type: ignore[arg-type]
+
+    def answer(ids_BT: np.ndarray) -> None:
+        model(input_ids=torch.from_numpy(ids_BT).to(device))
+
+    return answer
+
+
+def _onnx(place: Path) -> Answer:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UserError(f"{place}: onnxruntime is not installed; pip install 'codistill[onnx]' brings it") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(place / "model.onnx", options, providers=["CPUExecutionProvider"])
+    return lambda ids_BT: session.run(None, {"input_ids": ids_BT, "attention_mask": np.ones_like(ids_BT)})
+
+
+def _vocabulary(found: Mapping[str, Path]) -> int:
+    return min(json.loads((place / "config.json").read_text())["vocab_size"] for place in found.values())
+
+
+def _summary(seconds: list[float], tokens: int) -> dict[str, float]:
+    percentiles = {f"p{p}_ms": 1000 * float(np.percentile(seconds, p)) for p in PERCENTILES}
+    return percentiles | {"tokens_per_second": tokens / float(np.median(seconds))}
