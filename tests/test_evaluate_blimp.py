@@ -11,6 +11,7 @@ from codistill.evaluate.blimp import encode_sentences, likelihoods, read_pairs, 
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.subjects import load_subject
 from codistill.evaluate.zero_shot import find_text
+from codistill.members import Predictor
 from evaluations import QUICK, model_folder, pairs, sentences, write
 
 CPU = torch.device("cpu")
@@ -44,24 +45,13 @@ def test_pseudo_log_likelihoods(subject):
         assert value == pytest.approx(total, rel=1e-5)
 
 
-class CausalPredictor:
-    """A causal LM in the shape that a cohort wants: what codistill.members makes of one."""
-
-    def __init__(self, model: GPT2LMHeadModel):
-        self.model, self.vocabulary = model, model.config.vocab_size
-        self.output_weight, self.output_bias = model.lm_head.weight, None
-
-    def __call__(self, inputs, rows_N):
-        return self.model.transformer(**inputs).last_hidden_state.flatten(0, 1)[rows_N]
-
-
 def test_log_likelihoods_of_a_causal_model(folder):
     tokenizer = load_subject("one", str(folder), CPU).tokenizer
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=32)).eval()
     texts = sentences(20, 0)
     encoded = encode_sentences(texts, tokenizer, is_causal=True, max_length=32)
-    found = likelihoods(CausalPredictor(model), encoded, mask=None, precision=torch.float32)
+    found = likelihoods(Predictor(model, 100), encoded, mask=None, precision=torch.float32)
     for text, value in zip(texts, found, strict=True):
         ids = torch.tensor([[tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
         with torch.no_grad():

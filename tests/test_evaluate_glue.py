@@ -1,6 +1,7 @@
 """Fine-tuning on GLUE-shaped data: it learns what can be learned, repeats itself to the bit, and says what is wrong."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -206,7 +207,7 @@ def test_what_is_known_is_not_computed_again(folder, data, tmp_path, monkeypatch
     def fails(*args, **kwargs):
         raise RuntimeError("computed anew")
 
-    monkeypatch.setattr("codistill.evaluate.glue.fine_tune", fails)
+    monkeypatch.setattr(sys.modules["codistill.evaluate.glue"], "fine_tune", fails)
     again = evaluate([str(folder)], ["glue/sst2"], tmp_path / "out", data=data, seeds=2, protocol=QUICK)
     assert first == again
     assert not any(cell["failed"] for cell in first["cells"])
@@ -237,7 +238,7 @@ def test_a_failed_cell_holds_its_reason_and_no_number(folder, data, tmp_path, mo
     def fails(*args, **kwargs):
         raise RuntimeError("no memory\nleft")
 
-    monkeypatch.setattr("codistill.evaluate.glue.fine_tune", fails)
+    monkeypatch.setattr(sys.modules["codistill.evaluate.glue"], "fine_tune", fails)
     results = evaluate([str(folder)], ["glue/wnli"], tmp_path / "out", data=data, protocol=QUICK)
     assert cells(results)["one", "glue/wnli", 0] | {"failed": "no memory left", "score": None} == results["cells"][0]
     assert results["comparisons"]["averages"]["one"]["with_wnli"]["mean"] is None

@@ -172,7 +172,7 @@ def test_int8_without_its_text_says_that_nothing_was_measured(text, tmp_path, fi
     monkeypatch.setattr(
         export, "convert", lambda source, fresh: {"copy": str(shutil.copytree(onnx, fresh, dirs_exist_ok=True))}
     )
-    monkeypatch.setattr(export, "model_card", lambda folder, member: "")
+    monkeypatch.setattr(export, "model_card", lambda run, results, member: "")
     monkeypatch.setattr(export, "_section", lambda facts: "")
     facts = export_member(moved, "large", format="int8", out=tmp_path / "out")
     assert "nowhere.txt" in facts["held_out"]["not_measured"]

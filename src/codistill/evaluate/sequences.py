@@ -45,6 +45,16 @@ class SequencePredictor(nn.Module):
         return self.head(pooled_BD.index_select(0, rows_N))
 
     @property
+    def model(self) -> nn.Module:
+        """What edges below the logits look into."""
+        return self.backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.output.weight.device
+
+    @property
     def output_weight(self) -> Tensor:
         """(C, D)."""
         return self.output.weight
