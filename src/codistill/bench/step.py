@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from codistill.bench.measure import interleaved, machine, peak_bytes, summary
 from codistill.bench.phases import phases, product_rate
-from codistill.bench.step_providers import Loop, ours, ours_apart, plain
+from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
 from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
 from codistill.costs import forward_cost, head_flops
 from codistill.errors import UserError
+from codistill.machine import keep_freed_memory
 from codistill.objectives import Batch
 
 COSINE, NORM = 0.9999, 1e-3  # a gradient further from ours, in float32, is of another loss
@@ -35,6 +36,7 @@ class Provider:
 
 PROVIDERS: Mapping[str, Provider] = {
     "ours": Provider(ours),
+    "ours, compiled": Provider(ours_compiled),
     "ours, one by one": Provider(ours_apart, same_loss=False),
     "plain": Provider(plain()),
     "plain, all rows": Provider(plain(all_rows=True)),
@@ -64,6 +66,7 @@ def bench_step(
     if unknown:
         raise UserError(f"providers: {unknown[0]!r} is unknown; known are {', '.join(PROVIDERS)}")
     place = torch.device(device)
+    keep_freed_memory()  # for all alike, as a run does
     run = replace(run, precision=resolved_precision(run, place))
     built = build(run, place)
     batches = [[b.to(place) for b in built.batches.at(step)] for step in range(runs + 2)]

@@ -40,6 +40,11 @@ def ours(run: Run, device: torch.device) -> Loop:
     return _of_cohort(build(run, device))
 
 
+def ours_compiled(run: Run, device: torch.device) -> Loop:
+    """The same with `compile: true`."""
+    return _of_cohort(build(replace(run, compile=True), device))
+
+
 def ours_apart(run: Run, device: torch.device) -> Loop:
     """A cohort of its own for every trained member, one after the other: the price of two. Not the same loss."""
     trained = [name for name, member in run.members.items() if not member.frozen]
