@@ -84,6 +84,11 @@ def test_shares_by_field_and_paradigm_and_ties(tmp_path):
     }
 
 
+def test_a_field_that_is_written_in_two_ways_is_one(tmp_path):
+    write(tmp_path / "blimp/test.parquet", pairs(3, field=["syntax", "syntax/semantics", "syntax_semantics"]))
+    assert read_pairs(tmp_path).field == ["syntax", "syntax_semantics", "syntax_semantics"]
+
+
 def test_a_limit_is_a_limit_of_each_paradigm(tmp_path):
     write(tmp_path / "blimp/test.parquet", pairs(20))
     found = read_pairs(tmp_path, 2)

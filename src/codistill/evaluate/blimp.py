@@ -53,6 +53,7 @@ def read_pairs(data: Path | None, limit: int | None = None) -> Pairs:
             raise UserError(f"{files[0]}: no column {column!r}, only {', '.join(columns)}")
     taken = _first_of_each(columns["UID"], limit)
     paradigm, field, good, bad = ([columns[column][row] for row in taken] for column in COLUMNS)
+    field = [name.replace("/", "_") for name in field]  # the published files write one of the fields both ways
     return Pairs(good, bad, paradigm, field)
 
 
