@@ -361,3 +361,10 @@ def test_a_module_whose_layers_cannot_be_told_is_refused():
     own = Member("own", built, SGD(built.parameters(), lr=0.1))
     with pytest.raises(UserError, match="member 'own': Sequential has no list of layers"):
         Cohort([own, member("other")], [Distillation("other", "own", kind="hidden")])
+
+
+def test_compiled_layers_cannot_be_looked_into(text):
+    settings = ["distillation.0.kind=hidden", "distillation.0.layers={student: [1], teacher: [1]}"]
+    small_run("one-way:tiny", text, *settings)
+    with pytest.raises(UserError, match="compile: edges of kind hidden look into layers"):
+        small_run("one-way:tiny", text, *settings, "compile=true")

@@ -205,6 +205,11 @@ def _check_whole(run: Run) -> None:
         raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
     for index, edge in enumerate(run.distillation):
         _check_edge(run, edge, f"distillation.{index}")
+    below = next((edge.kind for edge in run.distillation if edge.kind != "logits"), None)
+    if run.compile and below:
+        raise UserError(
+            f"compile: edges of kind {below} look into layers as they run, which compiled ones do not allow"
+        )
     pairs = [(edge.teacher, edge.student, edge.kind) for edge in run.distillation]
     for index, pair in enumerate(pairs):
         if pair in pairs[:index]:

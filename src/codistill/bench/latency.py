@@ -35,8 +35,8 @@ def bench_latency(
     `models`: Hugging Face folders, folders that `codistill export` wrote (ONNX and int8 run in onnxruntime), or run
     folders, for all their members. All answer in turns, with full attention over random tokens and logits at every
     position: one sequence at a time for the latency (percentiles of `runs`, in milliseconds), `batch` at a time for the
-    throughput (tokens a second, of the median). A run folder's held-out loss stands beside its members' speed. PyTorch
-    computes in float32. Raises UserError for a folder that holds no model and a length that a model cannot take.
+    throughput (tokens a second, of the median). What is known of their held-out loss (a run's results, an int8 export's)
+    stands beside the speed. PyTorch computes in float32. Raises UserError for a folder that holds no model and a length that a model cannot take.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device: {device!r} is not here; wanted 'cpu' or, where there is one, 'cuda'")
@@ -99,10 +99,11 @@ def _facts(name: str, place: Path) -> dict[str, Any]:
     if results.is_file():
         loss = json.loads(results.read_text())["members"].get(place.name, {}).get("loss")
     export = place / "export.json"
-    kind = json.loads(export.read_text())["format"] if export.is_file() else "hf"
+    facts: dict[str, Any] = json.loads(export.read_text()) if export.is_file() else {"format": "hf"}
+    loss = facts.get("held_out", {}).get(facts["format"], {}).get("loss", loss)
     return {
         "model": name,
-        "format": kind,
+        "format": facts["format"],
         "bytes": sum(file.stat().st_size for file in weights),
         "held_out_loss": loss if loss is None or math.isfinite(loss) else None,
     }
