@@ -35,8 +35,9 @@ def bench_latency(
     `models`: Hugging Face folders, folders that `codistill export` wrote (ONNX and int8 run in onnxruntime), or run
     folders, for all their members. All answer in turns, with full attention over random tokens and logits at every
     position: one sequence at a time for the latency (percentiles of `runs`, in milliseconds), `batch` at a time for the
-    throughput (tokens a second, of the median). What is known of their held-out loss (a run's results, an int8 export's)
-    stands beside the speed. PyTorch computes in float32. Raises UserError for a folder that holds no model and a length that a model cannot take.
+    throughput (tokens a second, of the median). What is known of their held-out loss (a run's results, an int8
+    export's) stands beside the speed. PyTorch computes in float32. Raises UserError for a folder that holds no model
+    and a length that a model cannot take.
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"device: {device!r} is not here; wanted 'cpu' or, where there is one, 'cuda'")
