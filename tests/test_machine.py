@@ -79,10 +79,9 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monke
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library's allocator is told on Linux only")
 def test_memory_that_a_step_frees_is_there_for_the_next():
     program = """
-import resource, sys, torch
+import resource, torch
 from codistill.machine import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
+keep_freed_memory()
 for turn in range(4):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensors = [torch.ones(2**20) for _ in range(16)]  # 4 MiB each, 1024 pages
@@ -90,11 +89,5 @@ for turn in range(4):
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(faults)
 """
-    faults = {
-        how: int(
-            subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout
-        )
-        for how in ("keep", "leave")
-    }
-    assert faults["leave"] > 1000
-    assert faults["keep"] < faults["leave"] / 4
+    # Without the call it is anything from none, where the allocator happens to have learned, to all 16,384.
+    assert int(subprocess.check_output([sys.executable, "-c", program])) < 4096
