@@ -170,6 +170,7 @@ from pathlib import Path
 from codistill.cohort import Cohort
 from codistill.loading import load, read_run
 from codistill.train import train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes what it starts in the background ignore it
 def step(self, number, batches):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.5)  # the system may hand a signal to any thread, and two that wait count as one
