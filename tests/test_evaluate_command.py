@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AlbertConfig, AlbertForMaskedLM
 
 from codistill.cli import main
 from codistill.errors import UserError
@@ -121,6 +122,17 @@ def test_every_kind_of_family(text, data, tmp_path, family):
     assert method == ("pseudo-log-likelihood" if family == "bert" else "log-likelihood")
     tuned = evaluate([str(other)], ["glue/wnli"], tmp_path / "tuned", data=data, protocol=replace(QUICK, epochs=8))
     assert tuned["cells"][0]["score"] > 0.8
+
+
+def test_a_family_that_no_table_knows(data, tmp_path):
+    place = model_folder(tmp_path / "albert")
+    size = {"hidden_size": 32, "embedding_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    AlbertForMaskedLM(AlbertConfig(vocab_size=100, num_hidden_layers=1, **size)).save_pretrained(place)
+    write(tmp_path / "blimp/test.parquet", pairs(9))
+    found = evaluate([str(place)], ["blimp"], tmp_path / "out", data=tmp_path, protocol=QUICK)["cells"]
+    found += evaluate([str(place)], ["glue/wnli"], tmp_path / "tuned", data=data, protocol=QUICK)["cells"]
+    assert [cell["failed"] for cell in found] == ["", ""]
+    assert found[0]["counted"]["method"] == "pseudo-log-likelihood"
 
 
 # ---- models ------------------------------------------------------------------------------------

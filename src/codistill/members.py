@@ -29,7 +29,7 @@ from codistill.attention import use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError
-from codistill.families import FAMILIES, Family, Parts, bend, family_of, first_position, split
+from codistill.families import FAMILIES, Family, Parts, bend, family_of, first_position, is_causal, split
 from codistill.families.supported import check_folder, check_full_precision, check_model, check_objective
 from codistill.seeds import seed_of
 
@@ -121,8 +121,7 @@ class Predictor(nn.Module):
 
 def call_options(model: PreTrainedModel) -> dict[str, bool]:
     """What to call `model` with in training: one that keeps keys and values takes documents for one another's past."""
-    family = family_of(model.config)
-    return {"use_cache": False} if family is not None and family.objective == "clm" else {}
+    return {"use_cache": False} if is_causal(model) else {}
 
 
 def new_model(

@@ -23,7 +23,7 @@ from codistill.evaluate.encode import Encoded, batch_of, prediction_order, train
 from codistill.evaluate.protocol import RATE_TIMES_WIDTH_SQUARED, Protocol
 from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.spread import spread
-from codistill.families import FAMILIES
+from codistill.families import is_causal
 from codistill.members import Predictor
 from codistill.seeds import seed_of
 from codistill.watch import NonFiniteError
@@ -148,8 +148,8 @@ def _outputs(predictor: SequencePredictor, encoded: Encoded, precision: torch.dt
 
 
 def _predictor(model: PreTrainedModel, outputs: int, protocol: Protocol, seed: int) -> SequencePredictor:
-    is_causal = FAMILIES[model.config.model_type].objective == "clm"
-    pooling = "last" if is_causal else protocol.pooling
+    causal = is_causal(model)
+    pooling = "last" if causal else protocol.pooling
     made = SequencePredictor(model, outputs, pooling=pooling, dropout=protocol.dropout, seed=seed_of(seed, "head"))
     return made.to(model.device)
 

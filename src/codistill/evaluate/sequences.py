@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from codistill.families import FAMILIES
+from codistill.members import call_options
 
 
 class SequencePredictor(nn.Module):
@@ -23,8 +23,7 @@ class SequencePredictor(nn.Module):
 
     def __init__(self, model: PreTrainedModel, outputs: int, *, pooling: str, dropout: float, seed: int):
         super().__init__()
-        family = FAMILIES[model.config.model_type]
-        self.backbone = deepcopy(model.get_submodule(family.backbone))
+        self.backbone = deepcopy(model.base_model)
         width = model.config.hidden_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -34,7 +33,7 @@ class SequencePredictor(nn.Module):
                 nn.init.zeros_(layer.bias)
         self.head = nn.Sequential(nn.Dropout(dropout), dense, nn.Tanh(), nn.Dropout(dropout))
         self.pooling, self.vocabulary = pooling, outputs
-        self._options = {"use_cache": False} if family.objective == "clm" else {}
+        self._options = call_options(model)
         self._has_types = getattr(model.config, "type_vocab_size", 1) > 1
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from codistill.attention import use_short_attention
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
-from codistill.families import FAMILIES
+from codistill.families import is_causal
 from codistill.members import Predictor, load_model, load_own_tokenizer
 
 
@@ -28,7 +28,7 @@ class Subject:
 
     @property
     def is_causal(self) -> bool:
-        return FAMILIES[self.model.config.model_type].objective == "clm"
+        return is_causal(self.model)
 
     @property
     def positions(self) -> int:
@@ -76,7 +76,7 @@ def load_subject(name: str, path: str, device: torch.device, *, needs_head: bool
         )
     use_short_attention(model)
     cast(nn.Module, model).to(device).eval()
-    known = model if needs_head else model.get_submodule(FAMILIES[model.config.model_type].backbone)
+    known = model if needs_head else model.base_model
     return Subject(name, model, tokenizer, _content(known, model.config.to_json_string(), tokenizer))
 
 

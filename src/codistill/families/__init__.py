@@ -8,18 +8,24 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from codistill.families.causal import CAUSAL
 from codistill.families.family import Family, Parts, parts_of
-from codistill.families.found import found
+from codistill.families.found import CAUSAL_CLASSES, found
 from codistill.families.masked import MASKED, MASKED_LEGACY
 
 FAMILIES: Mapping[str, Family] = {**MASKED, **CAUSAL}
 
-__all__ = ["FAMILIES", "Family", "Parts", "bend", "family_of", "first_position", "longest", "split"]
+__all__ = ["FAMILIES", "Family", "Parts", "bend", "family_of", "first_position", "is_causal", "longest", "split"]
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:
     """The row of the table that describes models of `config`, or None."""
     known = MASKED_LEGACY if getattr(config, "legacy", False) and config.model_type in MASKED_LEGACY else FAMILIES
     return known.get(config.model_type)
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether `model` predicts the next token; a family that the table does not know is asked by its class."""
+    family = family_of(model.config)
+    return type(model).__name__ in CAUSAL_CLASSES if family is None else family.objective == "clm"
 
 
 def split(model: nn.Module) -> Parts:

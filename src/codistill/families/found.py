@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from codistill.errors import UserError
 from codistill.families.family import Parts
 
-_CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+CAUSAL_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _TOLERANCE = 1e-5  # of the largest logit
 
 
@@ -30,7 +30,7 @@ class Bypass:
     output: nn.Module
 
     def __call__(self, inputs: Mapping[str, Any], rows_N: Tensor) -> Tensor:
-        options = {"use_cache": False} if type(self.model).__name__ in _CAUSAL else {}  # as in `Chain`
+        options = {"use_cache": False} if type(self.model).__name__ in CAUSAL_CLASSES else {}  # as in `Chain`
         with _passing_through(self.output):
             features_BTD = self.model(**inputs, **options).logits
         return features_BTD.flatten(0, 1).index_select(0, rows_N)
