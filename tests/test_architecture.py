@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "codistill"
 # Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor.
 FLOORS = [
-    {"errors", "seeds"},
+    {"errors", "seeds", "blocks"},
     {"progress", "files"},
     {"distributed"},
     {"schedules", "divergences", "machine", "data", "checkpoint"},
@@ -19,10 +19,11 @@ FLOORS = [
     {"relations"},
     {"cohort", "scores", "costs"},
     {"build"},
-    {"run_folder", "metrics", "tracking"},
+    {"plan", "run_folder", "metrics", "tracking"},
     {"train", "caching"},
-    {"report", "bench", "evaluate", "generate", "rates"},
-    {"export"},
+    {"bench", "evaluate", "generate", "rates"},
+    {"export", "study"},
+    {"report"},
     {"cli"},
 ]
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}

@@ -1,10 +1,24 @@
-"""What a person reads at the end of a run."""
+"""What a person reads at the end of a run, and of many."""
 
 import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from codistill.report import draw_curves, results_table
+from codistill.blocks import Heading, Listing, Table, to_html
+from codistill.errors import UserError
+from codistill.evaluate.run import evaluate
+from codistill.report import draw_curves, results_table, sections, write_report
+from codistill.study.arms import keys_of
+from codistill.study.cells import Cells
+from codistill.study.run import tabulate
+from codistill.train import train
+from evaluations import QUICK
+from runs import small_run
+from studies import SCALE, STUDY, request
 
 
 def finished(folder) -> None:
@@ -43,3 +57,110 @@ def test_numbers_are_whole_however_long_the_names(tmp_path):
 def test_the_picture_is_drawn(tmp_path):
     finished(tmp_path)
     assert draw_curves(tmp_path).read_bytes().startswith(b"\x89PNG")
+
+
+# ---- pages of several folders ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(text, tmp_path_factory) -> dict[str, Path]:
+    """A run, a study with made-up cells, and an evaluation with a failed task."""
+    place = tmp_path_factory.mktemp("folders")
+    run = train(small_run("ctcd", text), place / "pair")
+    study = request(place / "toy-study", seeds=2)
+    cells = Cells(study.out)
+    for arm in study.arms:
+        cells.put(keys_of(study.arms)[arm.place], made_up_cell(arm))
+    tabulate(study)
+    (study.out / "README.md").write_text("# Toy\n\n## Answer\n\nIt **helped** a little.\n\n## More\n\nNo.\n")
+    evaluate([str(run)], ["mlm,nothing"], place / "scores", text=[str(text)], protocol=QUICK)
+    return {"run": run, "study": study.out, "evaluation": place / "scores"}
+
+
+@pytest.fixture
+def known_study(monkeypatch):
+    monkeypatch.setattr(sections, "STUDIES", {"toy": STUDY})
+    monkeypatch.setattr(sections, "SCALES", {"toy": SCALE})
+
+
+def made_up_cell(arm) -> dict:
+    taught = 0.25 if arm.name == "taught" else 0.0
+    member = {
+        "loss": 5.0 + arm.seed - taught - taught * arm.seed / 5, "accuracy": 0.1, "parameters": 10, "seconds": 1.0,
+        "flops": {"own": 6, "teachers": 2}, "teachers": [], "curve": [[50, 6.0], [100, 5.0]], "blimp": None,
+    }  # fmt: skip
+    return {
+        "key": "", "arm": arm.name, "regime": arm.regime, "seed": arm.seed, "failed": "", "unigram_loss": 7.0,
+        "steps": 1, "tokens": 100, "passes": 0.5, "precision": "float32", "text": {"train": "a"}, "agreement": 0.5,
+        "machine": {"device": "a machine", "threads": 1}, "versions": {"torch": "2"}, "date": "2026-01-01",
+        "members": dict.fromkeys(arm.run.trained, member),
+    }  # fmt: skip
+
+
+class Outside(HTMLParser):
+    """Collects whatever a page would have to fetch, and its tables' cells."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.fetched, self.cells, self.open = [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("meta", "br", "img", "path", "use", "link"):
+            self.open.append(tag)
+        names = ("src", "href", "xlink:href")
+        self.fetched += [v for k, v in attributes if k in names and v and not v.startswith(("#", "data:"))]
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th", "p", "h2", "figcaption", "pre"):
+            self.cells.append(data)
+
+
+def test_a_page_needs_nothing_else_and_says_what_the_folders_hold(folders, known_study, tmp_path):
+    page, markdown = write_report(list(folders.values()), tmp_path / "pages" / "report.html")
+    html = Outside(page.read_text())
+    assert html.fetched == []
+    results = json.loads((folders["run"] / "results.json").read_text())
+    for name, member in results["members"].items():
+        assert {name, f"{member['loss']:.3f}", f"{sum(member['flops'].values()):.3g}"} <= set(html.cells)
+    assert {"taught − alone", "-0.275", "It helped a little.", "Study toy", "Run pair"} <= set(html.cells)
+    assert any("On the plateau" in cell or "wanted" in cell for cell in html.cells)
+    assert any("there is no task 'nothing'" in cell or "nothing" in cell for cell in html.cells)
+    assert (folders["run"] / "run.yaml").read_text() in "".join(html.cells)
+    text = markdown.read_text()
+    for row in ("| taught − alone | 2 | -0.275 |", "# Codistill: what came out"):
+        assert row in text
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(pictures) == 3
+    assert all((markdown.parent / name).read_text().count("<svg") == 1 for name in pictures)
+
+
+def test_a_page_is_the_same_each_time(folders, known_study, tmp_path):
+    one, other = (write_report([folders["study"]], tmp_path / f"{n}.html")[0].read_bytes() for n in "ab")
+    assert one == other
+
+
+def test_what_is_no_result_is_one_line(folders, tmp_path):
+    with pytest.raises(
+        UserError, match=r"no results\.json that can be read; give folders of finished runs, studies or"
+    ):
+        write_report([tmp_path], tmp_path / "report.html")
+    with pytest.raises(UserError, match="a study 'toy' at 'toy', which this version does not have"):
+        write_report([folders["study"]], tmp_path / "report.html")
+    with pytest.raises(UserError, match=r"the page is HTML; give a name that ends in \.html"):
+        write_report([folders["run"]], tmp_path / "report.pdf")
+
+
+def test_markup_in_names_is_only_text():
+    page = to_html([Heading("a<b"), Table(["<i>"], [["&"]]), Listing("x", "<script>")], "t<t")
+    assert "<script>" not in page
+    assert all(part in page for part in ("a&lt;b", "&lt;i&gt;", "&amp;", "&lt;script&gt;", "<title>t&lt;t</title>"))

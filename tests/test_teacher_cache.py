@@ -202,6 +202,7 @@ def test_only_the_steps_that_are_taught_are_cached(text, teachers, tmp_path):
     [
         (["seed=1"], "its seed is 0, and here it is 1"),
         (["data.within_documents=true"], "its within_documents is False, and here it is True"),
+        (["data.tokens=1000"], "its tokens is None, and here it is 1000"),
         (["data.length=16"], "its length is 32, and here it is 16"),
         (["members.weak.path=OTHER"], "its teacher is [0-9a-f]{12}…, and here it is"),
         (["data.train=[MORE]"], "its text is [0-9a-f]{12}…, and here it is"),

@@ -26,7 +26,7 @@ from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.families.supported import check_objective
-from codistill.machine import compile_layers, why_not_compile
+from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.members import Predictor, call_options, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
@@ -98,6 +98,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         accumulate=run.batch.accumulate,
         seed=run.seed,
         within_documents=run.data.within_documents,
+        tokens=run.data.tokens,
     )
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
@@ -122,15 +123,6 @@ def objective_of(run: Run) -> MaskedLM | CausalLM:
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
     """`run.precision` with `auto` resolved to what `device` is good at."""
     return best_precision(device) if run.precision == "auto" else run.precision
-
-
-def best_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
-    """What `device` is good at: bfloat16 where it has instructions for it."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
-    has: dict = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 def resolved_compile(run: Run, device: torch.device) -> bool:
@@ -191,7 +183,7 @@ def _model(
             length=run.data.length,
             tokenizer=tokenizer,
             seed=run.seed,
-            name=run.members[name].twin_of or name,
+            name=run.seed_name(name),
         )
         _initialise(model, run, name, batches)
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
@@ -208,7 +200,7 @@ def _initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) -
     if init is None:
         return
     source = Path(init.from_)
-    seed = seed_of(run.seed, "remapping", run.members[name].twin_of or name)
+    seed = seed_of(run.seed, "remapping", run.seed_name(name))
     if init.learned is None:
         state = initial_state(source, model.config, depth=init.depth, width=init.width, seed=seed, noise=init.noise)
     else:
@@ -271,7 +263,7 @@ def _member(run: Run, name: str, predictor: Predictor) -> Member:
         lr=schedules.build(config.lr, run.steps),
         hard_weight=schedules.build(config.hard_weight, run.steps),
         clip=config.clip,
-        noise_key=config.twin_of or name,
+        noise_key=run.seed_name(name),
     )
 
 

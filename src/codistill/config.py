@@ -43,7 +43,8 @@ class Data:
     """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members.
 
     `within_documents` limits attention to the document (a row holds several), and lets positions begin anew with it;
-    `clm` then predicts no first token of a document from the one before.
+    `clm` then predicts no first token of a document from the one before. `tokens`: use only so many tokens of the
+    training text, taken evenly from all of it; a run that needs more passes over them again.
     """
 
     train: list[str] = field(default_factory=list)
@@ -51,6 +52,7 @@ class Data:
     tokenizer: str | None = None
     length: int = limited(128, low=8)
     within_documents: bool = False
+    tokens: int | None = limited(None, low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ class MemberConfig:
     `cached`: a folder of `codistill cache-teacher`, read in place of running a frozen member (docs/causal.md).
     `gradient_checkpointing` computes activations again in the backward pass instead of keeping them: the same bits,
     less memory, more time. `twin_of` names a member whose settings, initialisation and noise this one shares, for a
-    paired comparison.
+    paired comparison; `seeded_as` a name to key initialisation and noise by, in place of its own.
     """
 
     model: ModelConfig | None = None
@@ -102,6 +104,7 @@ class MemberConfig:
     trust_remote_code: bool = False
     init: InitConfig | None = None
     twin_of: str | None = None
+    seeded_as: str | None = None
     frozen: bool = False
     cached: str | None = None
     hard_weight: Spec = field(default=1.0)
@@ -238,6 +241,10 @@ class Run:
     log: Logging = field(default_factory=Logging)
     track: list[Literal["tensorboard", "trackio", "wandb", "mlflow"]] = field(default_factory=list)
     provenance: dict[str, Any] | None = None
+
+    def seed_name(self, member: str) -> str:
+        """What the initialisation and the noise of `member` are keyed by."""
+        return self.members[member].seeded_as or self.members[member].twin_of or member
 
     @property
     def trained(self) -> list[str]:

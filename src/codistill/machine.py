@@ -1,8 +1,9 @@
-"""Making the most of a machine: compiled layers, and memory that is kept."""
+"""Making the most of a machine: its precision, compiled layers, and memory that is kept."""
 
 import ctypes
 import sys
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,6 +11,15 @@ from torch import nn
 from codistill.distributed import layers
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
+
+
+def best_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
+    """What `device` is good at: bfloat16 where it has instructions for it."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
+    has: dict = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
 def compile_layers(model: nn.Module) -> None:

@@ -70,7 +70,7 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
         lines.append(f"- {split}: {', '.join(f'`{_last_part(source)}`' for source in sources)}{size}")
     batch = f"{run.batch.sequences} × {run.data.length} tokens"
     seen = f"{results['tokens']:,} tokens in {results['steps']:,} steps of {batch}"
-    passes = f", {results['tokens'] / facts['train']['tokens']:.3g} passes over the text" if "train" in facts else ""
+    passes = f", {results['passes']:.3g} passes over the text" if "passes" in results else ""
     return "\n".join([*lines, f"- seen in training: {seen}{passes}", ""])
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from codistill.build import Built
 from codistill.checkpoint import distinct, gathered
 from codistill.config import Run
+from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
 from codistill.files import atomic_folder, machine_error, remove_folder, write_file
@@ -124,13 +125,15 @@ def _write_final(
     ending: Ending,
     seconds: float,
 ) -> None:
+    flops = _flops(run, built, ending.step)
     results = {
-        "members": {name: _result(run, built, name, ending) for name in ending.scores},
+        "members": {name: _result(run, built, name, ending) | _cost(flops, name, seconds) for name in ending.scores},
         "held_out": {"unigram_loss": built.unigram, "rows": next(iter(ending.scores.values())).rows},
         "objective": run.objective.name,
         "steps": ending.step,
         "stopped_early": ending.step < run.steps,
         "tokens": ending.step * run.batch.sequences * run.data.length,
+        "passes": round(built.batches.epoch_of(ending.step), 4),
         "seconds": round(seconds, 1),
         "seed": run.seed,
         "precision": run.precision,
@@ -141,6 +144,18 @@ def _write_final(
             built.tokenizer.save_pretrained(fresh / name)
             write_file(fresh / name / "README.md", model_card(run, results, name))
     write_file(out / "results.json", json.dumps(results, indent=1))
+
+
+def _flops(run: Run, built: Built, steps: int) -> dict[str, dict[str, int]]:
+    rows = sum(len(batch.labels_N) for batch in built.batches.at(0))
+    return member_flops(run, built.models, rows=rows, steps=steps)
+
+
+def _cost(flops: Mapping[str, Mapping[str, int]], name: str, seconds: float) -> dict[str, Any]:
+    """What a member cost: its FLOPs with its frozen teachers', and the share of the run's time that goes with them."""
+    total = sum(of["own"] for of in flops.values())
+    share = sum(flops[name].values()) / total if total else 0.0
+    return {"flops": dict(flops[name]), "seconds": round(seconds * share, 1)}
 
 
 def _result(run: Run, built: Built, name: str, ending: Ending) -> dict[str, Any]:

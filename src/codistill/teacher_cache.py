@@ -26,12 +26,12 @@ from codistill.errors import UserError
 from codistill.kernels import SparseLogits
 from codistill.objectives import Batch
 
-FORMAT = "codistill-teacher-cache-1"
+FORMAT = "codistill-teacher-cache-2"
 Kind = Literal["features", "top_k", "sampled"]
 # The log-probability of a token that was never drawn: next to nothing in sum, and yet no denormal number, whose
 # exponential takes a CPU seventeen times as long (measured).
 NEVER = -80.0
-_KEY = ("text", "tokenizer", "seed", "objective", "length", "within_documents", "teacher")
+_KEY = ("text", "tokenizer", "seed", "objective", "length", "within_documents", "tokens", "teacher")
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def key_of(run: Run, text: str, tokenizer: str, teacher: nn.Module) -> dict[str,
     objective = asdict(run.objective)
     if run.objective.name == "clm":
         del objective["mask_rate"]  # which has no part in it
-    facts = (text, tokenizer, run.seed, objective, run.data.length, run.data.within_documents, _hash(teacher))
+    data = run.data
+    facts = (text, tokenizer, run.seed, objective, data.length, data.within_documents, data.tokens, _hash(teacher))
     return dict(zip(_KEY, facts, strict=True))
 
 

@@ -17,7 +17,7 @@ from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
 from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
-from codistill.costs import forward_cost, head_flops
+from codistill.costs import pass_flops
 from codistill.errors import UserError
 from codistill.machine import keep_freed_memory
 from codistill.objectives import Batch
@@ -106,13 +106,8 @@ def step_flops(run: Run, models: Mapping[str, PreTrainedModel], micro_batches: S
             continue
         for batch in micro_batches:
             sequences, length = batch.inputs["input_ids"].shape
-            rows = len(batch.labels_N)
-            vocabulary = models[name].config.vocab_size
-            cost = forward_cost(
-                models[name], vocabulary=vocabulary, sequences=sequences, length=length, rows=rows,
-                precision=torch.float32,
-            )  # fmt: skip
-            total += (1 if member.frozen else 3) * (cost.flops + head_flops(cost.width, vocabulary, rows))
+            once = pass_flops(models[name], sequences=sequences, length=length, rows=len(batch.labels_N))
+            total += (1 if member.frozen else 3) * once
     return total
 
 

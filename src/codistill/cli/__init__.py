@@ -11,7 +11,7 @@ from cyclopts import CycloptsError
 from rich.console import Console
 from rich.markup import escape
 
-from codistill.cli import bench, evaluate, export, make, run, teachers, text  # noqa: F401  each registers its commands
+from codistill.cli import bench, evaluate, export, make, report, run, study, teachers, text  # noqa: F401  they register commands
 from codistill.cli.console import app, speaks
 from codistill.errors import Elsewhere, MachineError, UserError
 

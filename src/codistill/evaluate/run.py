@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from codistill.build import best_precision
 from codistill.distributed import start
 from codistill.errors import UserError
 from codistill.evaluate.blimp import read_pairs
@@ -24,6 +23,7 @@ from codistill.evaluate.server import write_predictions
 from codistill.evaluate.subjects import Subject, find_models, load_subject
 from codistill.evaluate.zero_shot import blimp_job, find_text, mlm_job
 from codistill.files import write_file
+from codistill.machine import best_precision
 from codistill.progress import Advance, silent
 
 

@@ -43,6 +43,11 @@ def rows_per_chunk(vocabulary: int, device: str) -> int:
     return min(8192, max(2048, 2**26 // vocabulary // 256 * 256))
 
 
+def buffer_bytes(rows: int, vocabulary: int, members: int, device: str) -> int:
+    """The chunk of logits that the loss holds for each member, in float32."""
+    return 4 * min(rows, rows_per_chunk(vocabulary, device)) * vocabulary * members
+
+
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, problem: Problem, chunk_rows: int, sweep: Sweep, *parameters: Tensor | None):

@@ -54,6 +54,12 @@ def _rows_per_block(vocabulary: int, device: str) -> int:
     return max(1, elements // vocabulary)
 
 
+def scratch_bytes(rows: int, vocabulary: int, softmaxes: int, trained: int, edges: int, device: str) -> int:
+    """What a sweep holds beside the logits, in float32."""
+    block = min(_rows_per_block(vocabulary, device), rows)
+    return 4 * block * vocabulary * (2 * softmaxes + trained + (3 if edges else 0))
+
+
 class _Block:
     """Scratch for one block of rows: every softmax that is needed, and the gradients while they add up."""
 

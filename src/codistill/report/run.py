@@ -1,4 +1,4 @@
-"""Tables and figures of run folders."""
+"""The table and the learning curves of a run folder. A twin is drawn as its original, dashed."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from codistill.blocks import COLOURS
 from codistill.files import machine_error
-
-# Colours that stay apart for colour-blind readers (Okabe and Ito 2008); a twin is its original, dashed.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -44,19 +42,29 @@ def results_table(folder: Path) -> Table:
 def draw_curves(folder: Path) -> Path | None:
     """Draws held-out loss over training tokens to `curves.png`; None where matplotlib is not installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        figure = curves_figure(folder)
     except ImportError:
         print("no learning curves: pip install 'codistill[report]' brings matplotlib")
         return None
+    place = folder / "curves.png"
+    try:
+        figure.savefig(place, dpi=150)
+    except OSError as error:
+        raise machine_error(error, place) from error
+    return place
+
+
+def curves_figure(folder: Path) -> Any:
+    """Held-out loss over training tokens, as a figure of matplotlib."""
+    from matplotlib.figure import Figure
+
     results, curves = read_results(folder), _held_out_curves(folder)
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.4), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    axes = figure.subplots()
     originals = [name for name, member in results["members"].items() if not member["twin_of"]]
     for name, points in curves.items():
         original = results["members"][name]["twin_of"]
-        colour = _COLOURS[originals.index(original or name) % len(_COLOURS)]
+        colour = COLOURS[originals.index(original or name) % len(COLOURS)]
         label = f"{name}, taught by {' and '.join(results['members'][name]['taught_by'])}"
         label = label if results["members"][name]["taught_by"] else name
         axes.plot(*zip(*points, strict=True), color=colour, linestyle="--" if original else "-", label=label)
@@ -66,13 +74,7 @@ def draw_curves(folder: Path) -> Path | None:
     axes.set(xlabel="training tokens (millions)", ylabel=f"held-out {_kind(results)}-LM loss (nats)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)
-    place = folder / "curves.png"
-    try:
-        figure.savefig(place, dpi=150)
-    except OSError as error:
-        raise machine_error(error, place) from error
-    pyplot.close(figure)
-    return place
+    return figure
 
 
 def _kind(results: dict[str, Any]) -> str:

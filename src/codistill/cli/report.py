@@ -1,0 +1,27 @@
+"""report: runs, studies and evaluations as a page."""
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from codistill.cli.console import app, console
+
+
+@app.command
+def report(
+    folders: Annotated[list[Path], Parameter(help="Folders of finished runs, studies and evaluations.")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The page; the same as Markdown lies beside it.")] = Path("report.html"),
+) -> None:
+    """Write tables and figures of runs, studies and evaluations as one self-contained HTML page, and as Markdown.
+
+    Example: codistill report studies/ctcd runs/ctcd-tiny --out report.html
+    """
+    from codistill.progress import shown
+
+    with shown("loading", 1):
+        from codistill.report import write_report
+    page, markdown = write_report(folders, out)
+    console.print(f"page: {page}\nas Markdown: {markdown}", markup=False)

@@ -1,0 +1,74 @@
+"""study: the grids of runs behind a finding."""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from codistill.cli.console import Device, app, console
+from codistill.cli.run import STOPPED
+from codistill.errors import UserError
+
+if TYPE_CHECKING:
+    from codistill.study.run import Request
+
+
+@app.command
+def study(
+    name: Annotated[str, Parameter(help="A study; an unknown name lists them.")],
+    /,
+    *,
+    out: Annotated[Path, Parameter(help="The study's folder; what it holds already is not trained again.")],
+    scale: Annotated[str, Parameter(help="tiny (CPU), small (one GPU) or paper (as published).")] = "tiny",
+    data: Annotated[Path | None, Parameter(help="A folder with text/ and blimp/ (docs/studies.md).")] = None,
+    seeds: Annotated[int | None, Parameter(help="By default 5 for a headline, 3 for the rest.")] = None,
+    jobs: Annotated[int | None, Parameter(help="Processes at once; by default one a GPU, or one a CPU core.")] = None,
+    plan: Annotated[bool, Parameter(negative="", help="Print what would be trained, and stop.")] = False,
+    device: Device = None,
+) -> None:
+    """Train a study's grid of runs, with seeds and controls, and make its table and figure.
+
+    Example: codistill study ctcd --data data --out studies/ctcd
+    """
+    from codistill.progress import shown
+    from codistill.study.grids import STUDIES
+    from codistill.study.run import Request
+    from codistill.study.scales import SCALES
+
+    if seeds is not None and seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least one is needed")
+    wanted = STUDIES[_known(name, STUDIES, "study", "studies")]
+    size = SCALES[_known(scale, SCALES, "scale", "scales")]
+    request = Request(wanted, size, seeds or wanted.seeds, out)
+    with shown("planning", 1):
+        from codistill.study.plan import plan_lines
+    console.print("\n".join(plan_lines(request, jobs)), markup=False)
+    if not plan:
+        _run(request, data=data, jobs=jobs, device=device)
+
+
+def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str | None) -> None:
+    from codistill.progress import shown
+    from codistill.study.execute import Stopped
+    from codistill.study.run import devices, run_study
+
+    try:
+        with shown(f"study {request.study.name}", 1) as advance:
+            found = run_study(request, data=data, jobs=jobs, devices=devices(device), advance=advance)
+    except Stopped:
+        console.print("stopped; what was under way is saved, and the same command goes on with it")
+        sys.exit(STOPPED)
+    console.print((request.out / "table.md").read_text(), markup=False)
+    console.print(f"cells, table and figure: {request.out}", markup=False)
+    if found["failed"]:
+        sys.exit(2)
+
+
+def _known(name: str, names, what: str, plural: str) -> str:
+    if name in names:
+        return name
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(f"there is no {what} {name!r}{hint}; the {plural} are {', '.join(names)}")

@@ -1,0 +1,239 @@
+"""What a run will take, before it starts: tokens, floating-point operations, memory, and time on this machine."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from codistill import schedules
+from codistill.build import adamw, resolved_precision
+from codistill.cohort import Cohort, Distillation, Member
+from codistill.config import Run
+from codistill.costs import forward_cost, member_flops
+from codistill.data.tokenizers import load_tokenizer, parse_training_spec, vocabulary_size
+from codistill.errors import UserError
+from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
+from codistill.kernels.rows import scratch_bytes
+from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.objectives import Batch
+
+_STEPS_TRIED = 3
+_MOST_FLOPS_TRIED = {"cpu": 2e12, "cuda": 2e15}  # of a step: above, trying some would itself take minutes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`flops` as in `costs.member_flops`. `memory`: bytes of each part. `seconds`: of the whole run, from
+    steps tried here on made-up tokens, without held-out scores; None where they were not tried, and `why_not`.
+    """
+
+    tokens: int
+    parameters: dict[str, int]
+    flops: dict[str, dict[str, int]]
+    memory: dict[str, int]
+    seconds: float | None
+    why_not: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is in use at once: the larger of the moment after the loss and the end of the backward pass."""
+        parts = self.memory
+        steady = parts["parameters"] + parts["optimizer states"]
+        after_loss = parts["activations"] + parts["the loss's buffers"] + parts["gradients of output layers"]
+        return steady + max(after_loss, parts["gradients"])
+
+
+def plan(run: Run, device: torch.device) -> Plan:
+    """The plan of `run` on one `device`. Reads no text; UserError where a pre-trained member cannot be read."""
+    vocabulary = _vocabulary(run)
+    precision = resolved_precision(run, device)
+    models = {name: _model(run, name, vocabulary) for name in run.members}
+    rows = _rows(run)
+    flops = member_flops(run, models, rows=rows, steps=run.steps)
+    memory = memory_of(run, models, vocabulary, getattr(torch, precision), device.type)
+    a_step = sum(of["own"] for of in flops.values()) / run.steps
+    found = Plan(
+        run.steps * run.batch.sequences * run.data.length,
+        {name: Predictor(model, vocabulary).num_parameters for name, model in models.items()},
+        flops, memory, None,
+    )  # fmt: skip
+    why = _why_not_try(found, a_step, device)
+    if why:
+        return Plan(found.tokens, found.parameters, flops, memory, None, why)
+    seconds = seconds_a_step(run, models, vocabulary, device, getattr(torch, precision))
+    return Plan(found.tokens, found.parameters, flops, memory, seconds * run.steps)
+
+
+def plan_table(found: Plan, run: Run) -> Table:
+    """The plan for people."""
+    table = Table(box=SIMPLE, title=f"{run.steps:,} steps, {found.tokens:,} tokens", caption=_caption(found))
+    for heading in ("member", "parameters", "FLOPs", "of its frozen teachers"):
+        table.add_column(heading, justify="left" if heading == "member" else "right")
+    for name, of in found.flops.items():
+        taught = f"{of['teachers']:.3g}" if of["teachers"] else ""
+        table.add_row(name, f"{found.parameters[name] / 1e6:.2f} M", f"{of['own']:.3g}", taught)
+    return table
+
+
+def memory_lines(found: Plan) -> list[str]:
+    """What needs how much memory, and what is in use at most."""
+    lines = [f"{name}: {size / 2**20:,.0f} MiB" for name, size in found.memory.items()]
+    return [*lines, f"at most in use at once: {found.peak_bytes / 2**20:,.0f} MiB, the libraries' own not counted"]
+
+
+def memory_of(
+    run: Run, models: dict[str, PreTrainedModel], vocabulary: int, precision: torch.dtype, device: str
+) -> dict[str, int]:
+    """Bytes of each part of a step. Activations are those of one micro-batch, all of them kept: with
+    `gradient_checkpointing` there are fewer."""
+    rows = _rows(run) // run.batch.accumulate
+    shape = {"sequences": run.batch.sequences // run.batch.accumulate, "length": run.data.length, "rows": rows}
+    costs = {
+        name: forward_cost(model, vocabulary=vocabulary, precision=precision, **shape) for name, model in models.items()
+    }
+    trained = run.trained
+    softmaxes = {(name, 1.0) for name in models}
+    softmaxes |= {(name, e.temperature) for e in run.distillation for name in (e.teacher, e.student)}
+    chunk = min(rows, rows_per_chunk(vocabulary, device))
+    loss = buffer_bytes(rows, vocabulary, len(models), device)
+    if device == "cpu":  # elsewhere Triton's kernels need none
+        loss += scratch_bytes(chunk, vocabulary, len(softmaxes), len(trained), len(run.distillation), device)
+    # In bfloat16 the loss's products take copies of the output embedding, and the features' gradients are kept.
+    loss += sum(rows * costs[name].width * precision.itemsize for name in trained)
+    if precision != torch.float32:
+        loss += sum(vocabulary * cost.width * precision.itemsize for cost in costs.values())
+    return {
+        "parameters": 4 * sum(cost.parameters for cost in costs.values()),
+        "gradients": 4 * sum(costs[name].parameters for name in trained),
+        "optimizer states": 8 * sum(costs[name].parameters for name in trained),
+        "activations": sum(costs[name].saved_bytes for name in trained),
+        "gradients of output layers": 4 * sum(vocabulary * costs[name].width for name in trained),
+        "the loss's buffers": loss,
+    }
+
+
+def seconds_a_step(
+    run: Run, models: dict[str, PreTrainedModel], vocabulary: int, device: torch.device, precision: torch.dtype
+) -> float:
+    """The least of a few steps' times on made-up tokens, with all members and edges, not compiled."""
+    cohort = _made_up(run, models, vocabulary, device, precision)
+    batches = [_batch(run, vocabulary).to(device) for _ in range(run.batch.accumulate)]
+    seconds = []
+    for step in range(_STEPS_TRIED):
+        start = time.perf_counter()
+        cohort.step(step, batches)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _made_up(
+    run: Run, models: dict[str, PreTrainedModel], vocabulary: int, device: torch.device, precision: torch.dtype
+) -> Cohort:
+    members = []
+    for name, model in models.items():
+        predictor = Predictor(_materialised(model, device), vocabulary)
+        optimizer = None if run.members[name].frozen else adamw(predictor, 0.0, (0.9, 0.999), 1e-8)
+        members.append(Member(name, predictor, optimizer, lr=0.0))
+    edges = [
+        Distillation(
+            e.teacher, e.student, divergence=e.divergence, weight=schedules.build(e.weight, run.steps),
+            temperature=e.temperature, kind=e.kind, layers=e.layers, relation_heads=e.relation_heads,
+        )
+        for e in run.distillation
+    ]  # fmt: skip
+    return Cohort(members, edges, precision=precision)
+
+
+def _materialised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model with numbers: what is on the meta device is made anew."""
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model.to(device)  # type: ignore[arg-type]
+    with device:
+        return type(model)(model.config)
+
+
+def _batch(run: Run, vocabulary: int) -> Batch:
+    """Made-up tokens; predicted are as many rows as a run's micro-batch has."""
+    count = run.batch.sequences // run.batch.accumulate
+    ids_BT = torch.randint(vocabulary, (count, run.data.length))
+    each = _rows(run) // run.batch.sequences
+    rows_N = torch.arange(count).repeat_interleave(each) * run.data.length + torch.arange(each).repeat(count)
+    return Batch({"input_ids": ids_BT}, rows_N, torch.randint(vocabulary, (len(rows_N),)))
+
+
+def _rows(run: Run) -> int:
+    """Predicted rows of a step."""
+    length = run.data.length
+    each = length - 1 if run.objective.name == "clm" else round(run.objective.mask_rate * length)
+    return run.batch.sequences * each
+
+
+def _vocabulary(run: Run) -> int:
+    """How many tokens the run tells apart."""
+    spec = run.data.tokenizer
+    if spec is None:
+        path = next((m.path for m in run.members.values() if m.path is not None), None)
+        tokenizer = None if path is None else load_own_tokenizer(path)
+        if tokenizer is None:
+            raise UserError("data.tokenizer: none is named, and no pre-trained member has one; name a tokenizer")
+        return vocabulary_size(tokenizer)
+    return parse_training_spec(spec)[1] if spec.startswith("train:") else vocabulary_size(load_tokenizer(spec))
+
+
+def _model(run: Run, name: str, vocabulary: int) -> PreTrainedModel:
+    member = run.members[name]
+    if member.model is None:
+        field = f"members.{name}.path"
+        return load_model(
+            str(member.path), field, objective=run.objective.name, trust_remote_code=member.trust_remote_code
+        )
+    with torch.device("meta"):
+        return new_model(
+            member.model, vocabulary=vocabulary, length=run.data.length, tokenizer=None, seed=run.seed, name=name
+        )
+
+
+def _why_not_try(found: Plan, flops_a_step: float, device: torch.device) -> str:
+    if flops_a_step > _MOST_FLOPS_TRIED.get(device.type, 0):
+        return f"a step of {flops_a_step:.2g} FLOPs is too large to try here"
+    free = _free_bytes(device)
+    if found.peak_bytes > free:
+        parts = max(found.memory.items(), key=lambda part: part[1])
+        return (
+            f"{found.peak_bytes / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB free; the most goes to "
+            f"{parts[0]}: lower batch.sequences or raise batch.accumulate"
+        )
+    return ""
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
+
+
+def _caption(found: Plan) -> str:
+    total = sum(of["own"] for of in found.flops.values())
+    when = found.why_not if found.seconds is None else f"about {_duration(found.seconds)} on this machine"
+    return f"{total:.3g} FLOPs in all; {when}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def as_data(found: Plan) -> dict[str, Any]:
+    """The plan as JSON-able data."""
+    return {"tokens": found.tokens, "flops": found.flops, "memory": found.memory, "peak_bytes": found.peak_bytes}

@@ -1,0 +1,28 @@
+"""Several folders as one page: HTML that needs nothing else, and the same as Markdown."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from codistill.blocks import Block, Heading, Picture, to_html, to_markdown
+from codistill.errors import UserError
+from codistill.files import machine_error, write_file
+from codistill.report.sections import section
+
+
+def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
+    """Writes OUT (HTML) and the same with .md, whose pictures lie beside it; returns both."""
+    if out.suffix != ".html":
+        raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    title = "Codistill: what came out"
+    blocks: list[Block] = [Heading(title, 1), *(block for folder in folders for block in section(folder))]
+    markdown = out.with_suffix(".md")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, to_html(blocks, title))
+        write_file(markdown, to_markdown(blocks))
+        for block in blocks:
+            if isinstance(block, Picture) and isinstance(block.content, str):
+                write_file(out.parent / block.name, block.content)
+    except OSError as error:
+        raise machine_error(error, out) from error
+    return out, markdown

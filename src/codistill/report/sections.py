@@ -1,0 +1,157 @@
+"""What a page says of a folder: a run, a study or an evaluation."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
+from codistill.errors import UserError
+from codistill.loading import to_yaml
+from codistill.report.run import curves_figure, read_results
+from codistill.study.figure import costs_figure, figure_of
+from codistill.study.grids import STUDIES
+from codistill.study.page import study_blocks
+from codistill.study.run import Request, known_cells, summary
+from codistill.study.scales import SCALES
+
+
+def section(folder: Path) -> list[Block]:
+    """The blocks of one folder; UserError where it is none of the three."""
+    try:
+        results = read_results(folder)
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder}: no results.json that can be read; give folders of finished runs, studies or evaluations"
+        ) from None
+    if (folder / "run.yaml").is_file():
+        return _run(folder, results)
+    if results.get("study"):
+        return _study(folder, results)
+    if "comparisons" in results:
+        return _evaluation(folder, results)
+    raise UserError(f"{folder}: it holds no run, study or evaluation of this version")
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
+    held_out = results["held_out"]
+    stopped = ", stopped early" if results.get("stopped_early") else ""
+    facts = (
+        f"A single run: {results['steps']:,} steps{stopped}, {results['tokens']:,} tokens, {results['seconds']:.0f} s "
+        f"in {results.get('precision', 'an unknown precision')}, seed {results.get('seed', 'unknown')}. Unigram "
+        f"cross-entropy of the {held_out['rows']:,} held-out tokens: {held_out['unigram_loss']:.3f} nats."
+    )
+    head = ["member", "taught by", "parameters", "FLOPs (of teachers)", "loss, nats", "perplexity", "accuracy"]
+    rows = [_member(name, member) for name, member in results["members"].items()]
+    name = folder.resolve().name
+    return [
+        Heading(f"Run {name}"),
+        Text(facts),
+        Table(head, rows, words=(1,)),
+        *_picture(f"{name}-curves.svg", lambda: curves_figure(folder), f"Held-out loss of {name} along training."),
+        Listing("the resolved configuration", (folder / "run.yaml").read_text(encoding="utf-8")),
+    ]
+
+
+def _member(name: str, member: Mapping[str, Any]) -> list[str]:
+    flops = member.get("flops", {"own": None, "teachers": 0})
+    cost = "not counted" if flops["own"] is None else f"{sum(flops.values()):.3g}"
+    teachers = f" ({flops['teachers']:.2g})" if flops["teachers"] else ""
+    taught = "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody"
+    scores = [f"{member['loss']:.3f}", f"{member['perplexity']:.1f}", f"{member['accuracy']:.1%}"]
+    return [name, taught, f"{member['parameters'] / 1e6:.2f} M", cost + teachers, *scores]
+
+
+# ---- a study -------------------------------------------------------------------------------------
+
+
+def _study(folder: Path, results: Mapping[str, Any]) -> list[Block]:
+    name = results["study"]
+    if name not in STUDIES or results["scale"] not in SCALES:
+        raise UserError(f"{folder}: a study {name!r} at {results['scale']!r}, which this version does not have")
+    rows = [row for of in results["regimes"].values() for row in of["rows"].values()]
+    seeds = 1 + max((seed for row in rows for seed in row["seeds"]), default=0)
+    request = Request(STUDIES[name], SCALES[results["scale"]], seeds, folder)
+    cells = known_cells(request)
+    found = summary(request, cells)
+    first = [arm for arm in request.arms if arm.seed == 0]
+    return [
+        Heading(f"Study {name}"),
+        Text(found["question"]),
+        *_answer(folder),
+        *_picture(f"{name}.svg", lambda: figure_of(request.study, found, cells), _SHOWN),
+        *study_blocks(found),
+        *_picture(f"{name}-costs.svg", lambda: costs_figure(found), "Quality against what it took to train."),
+        *(Listing(f"{arm.regime}, {arm.name}: configuration of seed 0", to_yaml(arm.run)) for arm in first),
+    ]
+
+
+_SHOWN = (
+    "Held-out loss along training, mean and standard deviation over seeds; and the differences with 95 % intervals "
+    "over seeds."
+)
+
+
+def _answer(folder: Path) -> list[Block]:
+    """What the study's own page answers, if somebody has written one."""
+    file = folder / "README.md"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    _, heading, after = text.partition("## Answer\n")
+    if not heading:
+        return []
+    paragraphs = after.partition("\n## ")[0].strip().split("\n\n")
+    return [Text(" ".join(part.replace("**", "").split())) for part in paragraphs if part]
+
+
+# ---- an evaluation -------------------------------------------------------------------------------
+
+
+def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[Block]:
+    found = results["comparisons"]
+    models = list(found["averages"])
+    scores = [[task, *(_score(task, of.get(m)) for m in models)] for task, of in found["tasks"].items()]
+    blocks: list[Block] = [
+        Heading(f"Evaluation {folder.resolve().name}"),
+        Text(f"Mean ± standard deviation over {results['seeds']} fine-tuning seeds where there are any."),
+        Table(["task", *models], scores),
+    ]
+    rows = [_paired(task, model, d) for task, of in found["paired"].items() for model, d in of.items()]
+    if rows:
+        blocks += [
+            Text(f"Differences to {found['reference']}, with 95 % intervals over seeds and over examples."),
+            Table(["task", "model", "seeds", "difference", "over seeds", "over examples"], rows, words=(1, 4, 5)),
+        ]
+    failed = [[c["task"], c["model"], c["failed"]] for c in results["cells"] if c["failed"]]
+    return blocks + ([Table(["failed", "model", "why"], failed, words=(1, 2))] if failed else [])
+
+
+def _score(task: str, of: Mapping[str, Any] | None) -> str:
+    if of is None or of["mean"] is None:
+        return ""
+    scale = 1 if task == "mlm" else 100
+    return f"{scale * of['mean']:.2f}" + ("" if of["sd"] is None else f" ± {scale * of['sd']:.2f}")
+
+
+def _paired(task: str, model: str, of: Mapping[str, Any]) -> list[str]:
+    scale = 1 if task == "mlm" else 100
+    mean = "" if of["mean"] is None else f"{scale * of['mean']:+.2f}"
+    intervals = [
+        "" if i is None else f"[{scale * i[0]:+.2f}, {scale * i[1]:+.2f}]"
+        for i in (of["interval"], of["examples_interval"])
+    ]
+    return [task, model, str(of["seeds"]), mean, *intervals]
+
+
+def _picture(name: str, figure_of: Any, caption: str) -> list[Block]:
+    """The figure as SVG; a line in its place where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        with matplotlib.rc_context({"svg.hashsalt": name}), io.StringIO() as file:
+            figure_of().savefig(file, format="svg", metadata={"Date": None})
+            return [Picture(name, file.getvalue(), caption)]
+    except ImportError:
+        return [Text("No figure: pip install 'codistill[report]' brings matplotlib.", important=True)]

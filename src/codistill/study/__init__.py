@@ -1,0 +1,1 @@
+"""Studies: a question, a grid of arms, seeds, a table, a figure."""

@@ -1,0 +1,170 @@
+"""From cells to a study's numbers: means over seeds, paired differences with intervals, and what cannot be said.
+
+Everything here is a function of the cells alone, so that a table can be made again from what is committed.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from codistill.evaluate.compare import t_interval
+from codistill.study.cells import Cell
+from codistill.study.design import SEEDS_FOR_A_HEADLINE, Contrast, Study
+
+BELOW_UNIGRAM = 1.5  # nats that a stand-alone model must be below the unigram loss: above, it has learned no language
+METRICS = ("loss", "blimp")
+
+
+def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict[str, Any]:
+    """The contents of OUT/results.json: by regime the rows of the table, the contrasts, and warnings. `arms`: how many
+    the study has, of all seeds; those without a cell are not trained yet."""
+    regimes = list(dict.fromkeys(cell["regime"] for cell in cells))
+    done = [cell for cell in cells if not cell["failed"]]
+    return {
+        "study": study.name,
+        "question": study.question,
+        "scale": scale,
+        "arms": arms,
+        "missing": arms - len(cells),
+        "regimes": {regime: _regime(study, [c for c in cells if c["regime"] == regime]) for regime in regimes},
+        "failed": [
+            {name: cell[name] for name in ("arm", "regime", "seed", "failed")} for cell in cells if cell["failed"]
+        ],
+        "text": done[0]["text"] if done else None,
+        "machines": _distinct({**c["machine"], "precision": c["precision"]} for c in done),
+        "versions": _distinct(cell["versions"] for cell in done),
+        "dates": sorted({cell["date"] for cell in done}),
+    }
+
+
+def _regime(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
+    by = _by_member(cells)
+    done = [cell for cell in cells if not cell["failed"]]
+    return {
+        "steps": _range(cell["steps"] for cell in done),
+        "tokens": _range(cell["tokens"] for cell in done),
+        "passes": _range(cell["passes"] for cell in done),
+        "unigram_loss": float(np.mean([cell["unigram_loss"] for cell in done])) if done else None,
+        "rows": {name: _row(of) for name, of in by.items()},
+        "contrasts": [found for c in study.contrasts if (found := contrast(c, by)) is not None],
+        "along": _along(study, by) if study.along else [],
+        "on_the_plateau": _on_the_plateau(study, by, done),
+    }
+
+
+def _by_member(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, Any]]]:
+    """ "ARM/ROLE" → seed → what is known of that model; arms that failed are not there."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for cell in cells:
+        for role, member in cell["members"].items():
+            both = {"agreement": cell["agreement"]} if len(cell["members"]) == 2 else {}
+            found.setdefault(f"{cell['arm']}/{role}", {})[cell["seed"]] = member | both
+    return found
+
+
+def _row(of: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    members = list(of.values())
+    agreement = [m["agreement"] for m in members if m.get("agreement") is not None]
+    return {
+        "seeds": sorted(of),
+        "parameters": members[0]["parameters"],
+        "flops": int(np.mean([sum(m["flops"].values()) for m in members])),
+        "teacher_flops": int(np.mean([m["flops"]["teachers"] for m in members])),
+        "seconds": float(np.mean([m["seconds"] for m in members])),
+        **{metric: _spread([_score(m, metric) for m in members]) for metric in METRICS},
+        "agreement": float(np.mean(agreement)) if agreement else None,
+    }
+
+
+def _score(member: Mapping[str, Any], metric: str) -> float | None:
+    """Loss in nats; BLiMP in percent, None where it is not known."""
+    if metric == "loss":
+        return member["loss"]
+    found = member["blimp"]
+    return None if found is None or "failed" in found else 100 * found["score"]
+
+
+def _spread(values: Iterable[float | None]) -> dict[str, float | None]:
+    known = [value for value in values if value is not None]
+    return {
+        "mean": float(np.mean(known)) if known else None,
+        "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
+    }
+
+
+def contrast(wanted: Contrast, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Treated − control over the seeds that both have: mean, 95 % Student-t interval over seeds, and what that shows.
+
+    None where no cell of either was asked for in this regime.
+    """
+    treated, control = by.get(wanted.treated), by.get(wanted.control)
+    if treated is None or control is None:
+        return None
+    seeds = sorted(treated.keys() & control.keys())
+    found: dict[str, Any] = {"label": wanted.label, "treated": wanted.treated, "control": wanted.control}
+    for metric in METRICS:
+        pairs = [(_score(treated[seed], metric), _score(control[seed], metric)) for seed in seeds]
+        found[metric] = _difference([a - b for a, b in pairs if a is not None and b is not None])
+    return found
+
+
+def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The contrasts of the loss at every point of the learning curves."""
+    found = []
+    for wanted in study.contrasts:
+        treated, control = by.get(wanted.treated), by.get(wanted.control)
+        if treated is None or control is None:
+            continue
+        pairs = [(treated[s]["curve"], control[s]["curve"]) for s in sorted(treated.keys() & control.keys())]
+        points = []
+        for at in range(min((len(curve) for pair in pairs for curve in pair), default=0)):
+            share = pairs[0][0][at][0] / pairs[0][0][-1][0]
+            points.append({"share": share, "loss": _difference([a[at][1] - b[at][1] for a, b in pairs])})
+        found.append({"label": wanted.label, "points": points})
+    return found
+
+
+def _difference(values: Sequence[float]) -> dict[str, Any]:
+    interval = t_interval(values) if len(values) > 1 else None
+    return {
+        "seeds": len(values),
+        "mean": float(np.mean(values)) if values else None,
+        "interval": interval,
+        "verdict": _verdict(values, interval),
+        "headline": len(values) >= SEEDS_FOR_A_HEADLINE,
+    }
+
+
+def _verdict(values: Sequence[float], interval: tuple[float, float] | None) -> str:
+    if not values:
+        return "not known"
+    if interval is None:
+        return "a single run"
+    low, high = interval
+    return "lower" if high < 0 else "higher" if low > 0 else "not shown"
+
+
+def _on_the_plateau(study: Study, by: Mapping[str, Mapping[int, Any]], done: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Stand-alone models that ended less than `BELOW_UNIGRAM` below the unigram loss."""
+    unigram = {cell["seed"]: cell["unigram_loss"] for cell in done}
+    found = []
+    for name in study.alone:
+        for seed, member in sorted(by.get(name, {}).items()):
+            below = unigram[seed] - member["loss"]
+            if below < BELOW_UNIGRAM:
+                found.append({"member": name, "seed": seed, "below": below})
+    return found
+
+
+def _range(values: Iterable[float]) -> list[float]:
+    known = sorted(set(values))
+    return [known[0], known[-1]] if known else []
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found

@@ -1,0 +1,262 @@
+"""Runs what of a study is not known yet: cohort by cohort, in processes of their own, resumable at any moment."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from codistill.config import Data
+from codistill.errors import MachineError
+from codistill.files import machine_error, remove_folder, write_file
+from codistill.loading import to_yaml
+from codistill.metrics import read_metrics
+from codistill.progress import Advance, silent
+from codistill.study.arms import Arm, grouped, keys_of, member_names, merged, trained_names
+from codistill.study.cells import Cells
+from codistill.study.harvest import failed_cell, harvest
+
+_STOPPED = 75
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Stopped(Exception):
+    """The study was asked to stop; what was under way is saved, and the same command goes on with it."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a study is run with. `data`: its text. `blimp`: a folder with blimp/, or None; `pairs`: of each paradigm.
+    `jobs`: processes at once. `devices`: their devices, in turn ("cpu", "cuda:0", …). `worker`: the command that does
+    the work of a request."""
+
+    data: Data
+    blimp: Path | None
+    pairs: int | None
+    jobs: int
+    devices: Sequence[str]
+    most_members: int
+    worker: Sequence[str] = (sys.executable, "-m", "codistill.study.worker")
+
+
+@dataclass
+class _Work:
+    """A cohort that waits or is under way."""
+
+    arms: list[Arm]
+    process: subprocess.Popen | None = None
+    device: str = "cpu"
+    folder: Path = field(default_factory=Path)
+
+    @property
+    def units(self) -> int:
+        return len(trained_names(self.arms)) * self.arms[0].run.steps
+
+
+def missing(arms: Sequence[Arm], cells: Cells) -> list[Arm]:
+    """The arms without a cell, and those whose models they need but nobody has kept."""
+    keys, by_place = keys_of(arms), {arm.place: arm for arm in arms}
+    wanted = {arm.place for arm in arms if cells.get(keys[arm.place]) is None}
+    stack = list(wanted)
+    while stack:
+        arm = by_place[stack.pop()]
+        for name, role in [*arm.taught_by.values(), *arm.begun_from.values()]:
+            place = (arm.regime, name, arm.seed)
+            cell = cells.get(keys[place])
+            if place not in wanted and not (cell and cell["failed"]) and cells.model(keys[place], role) is None:
+                wanted.add(place)
+                stack.append(place)
+    return [arm for arm in arms if arm.place in wanted]
+
+
+def execute(arms: Sequence[Arm], out: Path, means: Means, advance: Advance = silent) -> None:
+    """Brings the cells of `arms` in `out` to completion. Raises Stopped, or MachineError when the machine failed."""
+    _Execution(arms, out, means, advance).run()
+
+
+class _Execution:
+    def __init__(self, arms: Sequence[Arm], out: Path, means: Means, advance: Advance):
+        self.arms, self.out, self.means, self.advance = arms, out, means, advance
+        self.cells, self.keys = Cells(out), keys_of(arms)
+        todo = {arm.place for arm in missing(arms, self.cells)}
+        groups = ([a for a in group if a.place in todo] for group in grouped(arms, means.most_members))
+        self.waiting = [_Work(group) for group in groups if group]
+        self.running: list[_Work] = []
+        self.total = sum(work.units for work in self.waiting)
+        self.finished = 0
+        self.kept = {
+            (place, role)
+            for arm in arms
+            for name, role in [*arm.taught_by.values(), *arm.begun_from.values()]
+            for place in [(arm.regime, name, arm.seed)]
+        }
+
+    def run(self) -> None:
+        with _signals() as asked_to_stop:
+            try:
+                while self.waiting or self.running:
+                    if asked_to_stop():
+                        raise Stopped
+                    self._start()
+                    time.sleep(_SECONDS_BETWEEN_LOOKS)
+                    for work in [work for work in self.running if work.process and work.process.poll() is not None]:
+                        self.running.remove(work)
+                        self._end(work)
+                    self._show()
+            except OSError as error:
+                raise machine_error(error, self.out) from error
+            finally:
+                self._stop()
+
+    def _start(self) -> None:
+        """Fills the free places with work whose teachers are there."""
+        for work in list(self.waiting):
+            if len(self.running) >= self.means.jobs:
+                return
+            state = self._readiness(work)
+            if state == "ready":
+                self.waiting.remove(work)
+                self._launch(work)
+                self.running.append(work)
+
+    def _readiness(self, work: _Work) -> str:
+        """Whether all that the arms of `work` need is there; arms whose teacher failed fail here."""
+        for arm in list(work.arms):
+            for name, role in [*arm.taught_by.values(), *arm.begun_from.values()]:
+                key = self.keys[arm.regime, name, arm.seed]
+                cell = self.cells.get(key)
+                if cell is not None and cell["failed"]:
+                    self._fail(work, arm, f"what it needs failed: {name}: {cell['failed']}")
+                    break
+                if self.cells.model(key, role) is None:
+                    return "waits"
+        if not work.arms:
+            self.waiting.remove(work)
+            return "empty"
+        return "ready"
+
+    def _launch(self, work: _Work) -> None:
+        work.device = self.means.devices[len(self.running) % len(self.means.devices)]
+        taken = {other.device for other in self.running}
+        work.device = next((device for device in self.means.devices if device not in taken), work.device)
+        folder_of = {
+            of: str(self.cells.model(self.keys[arm.regime, of[0], arm.seed], of[1]))
+            for arm in work.arms
+            for of in [*arm.taught_by.values(), *arm.begun_from.values()]
+        }
+        name = _name(self.keys[arm.place] for arm in work.arms)
+        work.folder = self.out / "work" / name
+        work.folder.parent.mkdir(parents=True, exist_ok=True)
+        request_file, run_file = work.folder.with_suffix(".json"), work.folder.with_suffix(".yaml")
+        names = member_names(work.arms)
+        request = {
+            "run": str(run_file),
+            "out": str(work.folder),
+            "data": None if self.means.blimp is None else str(self.means.blimp),
+            "pairs": self.means.pairs,
+            "device": work.device,
+            "members": trained_names(work.arms),
+            "peers": {a.name: [names[a.name, r] for r in a.run.trained] for a in work.arms if len(a.run.trained) == 2},
+        }
+        write_file(run_file, to_yaml(merged(work.arms, self.means.data, folder_of)))
+        write_file(request_file, json.dumps(request))
+        with work.folder.with_suffix(".log").open("ab") as log:
+            command = [*self.means.worker, str(request_file)]
+            work.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._environment(), process_group=0
+            )
+
+    def _environment(self) -> dict[str, str]:
+        """One thread for each core that a process can have to itself: more would wait for one another."""
+        threads = str(max(1, (os.cpu_count() or 1) // self.means.jobs))
+        return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONUNBUFFERED": "1"}
+
+    def _end(self, work: _Work) -> None:
+        status = work.process.returncode if work.process else 0
+        if status == 0:
+            for arm in work.arms:
+                key = self.keys[arm.place]
+                kept = {role for place, role in self.kept if place == arm.place}
+                names = {role: member_names(work.arms)[arm.name, role] for role in arm.run.trained}
+                self.cells.put(key, harvest(arm, key, names, work.folder, self.out / "models" / key, kept))
+            self.finished += work.units
+            self._clear(work)
+        elif status == _STOPPED:
+            raise Stopped
+        elif status != 2:
+            raise MachineError(f"{', '.join(arm.name for arm in work.arms)}: {_reason(work, status)}")
+        elif len(work.arms) > 1:  # each for itself, so that only the one at fault fails
+            self._clear(work)
+            self.waiting += [_Work([arm]) for arm in work.arms]
+        else:
+            self._fail(work, work.arms[0], _reason(work, status))
+            self.finished += work.units
+            self._clear(work)
+
+    def _fail(self, work: _Work, arm: Arm, reason: str) -> None:
+        self.cells.put(self.keys[arm.place], failed_cell(arm, self.keys[arm.place], reason))
+        if work.process is None:
+            work.arms.remove(arm)
+
+    def _clear(self, work: _Work) -> None:
+        remove_folder(work.folder)
+        for suffix in (".yaml", ".json", ".log"):
+            work.folder.with_suffix(suffix).unlink(missing_ok=True)
+
+    def _show(self) -> None:
+        done = self.finished
+        for work in self.running:
+            lines = read_metrics(work.folder / "metrics.jsonl")
+            done += round(work.units * (lines[-1]["step"] / work.arms[0].run.steps if lines else 0))
+        names = ", ".join(f"{work.arms[0].regime}, seed {work.arms[0].seed}" for work in self.running)
+        left = len(self.waiting) + len(self.running)
+        self.advance(done, f"{left} cohorts left; now {names}" if names else "done", self.total)
+
+    def _stop(self) -> None:
+        for work in self.running:
+            if work.process and work.process.poll() is None:
+                work.process.send_signal(signal.SIGTERM)
+        for work in self.running:
+            if work.process:
+                with suppress(subprocess.TimeoutExpired):
+                    work.process.wait(timeout=300)
+
+
+def _reason(work: _Work, status: int) -> str:
+    if status < 0:
+        return f"its process was ended by signal {-status} ({signal.Signals(-status).name}); see {_log(work)}"
+    lines = [line for line in _log(work).read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:500] if lines else f"it ended with status {status}"
+
+
+def _log(work: _Work) -> Path:
+    return work.folder.with_suffix(".log")
+
+
+def _name(keys: Iterator[str]) -> str:
+    """A name for a cohort of several arms."""
+    return hashlib.sha256(" ".join(keys).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _signals() -> Iterator[Any]:
+    """Inside, SIGTERM and SIGINT are remembered, and the running cohorts then save and end."""
+    received = False
+
+    def remember(number: int, _: Any) -> None:
+        nonlocal received
+        received = True
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

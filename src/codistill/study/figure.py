@@ -1,0 +1,122 @@
+"""A study's figure: its contrasts with intervals, and learning curves with bands over seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codistill.blocks import COLOURS
+from codistill.study.cells import Cell
+from codistill.study.design import Study
+
+
+def draw(study: Study, found: Mapping[str, Any], cells: Sequence[Cell], place: Path) -> None:
+    """Writes the picture, or says what it takes to have one."""
+    try:
+        figure = figure_of(study, found, cells)
+    except ImportError:
+        print("no figure: pip install 'codistill[report]' brings matplotlib")
+        return
+    figure.savefig(place, dpi=120, metadata={"Software": None})
+
+
+def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> Any:
+    """A figure of matplotlib: for each regime learning curves above, and below all contrasts side by side."""
+    from matplotlib.figure import Figure
+
+    regimes = list(found["regimes"])
+    rows = max((len(of["contrasts"]) for of in found["regimes"].values()), default=0)
+    below = 0.6 + 0.27 * rows
+    figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), 3.2 + below), layout="constrained")
+    axes = figure.subplots(2, max(1, len(regimes)), squeeze=False, height_ratios=[3.2, below])
+    for column, regime in enumerate(regimes):
+        draw_curves(axes[0][column], study, [c for c in cells if c["regime"] == regime])
+        axes[0][column].set_title(regime, fontsize=10)
+        draw_contrasts(axes[1][column], found["regimes"][regime]["contrasts"], named=column == 0)
+    return figure
+
+
+def costs_figure(found: Mapping[str, Any]) -> Any:
+    """Quality against what it cost: a row for each regime, parameters, FLOPs and seconds from left to right."""
+    from matplotlib.figure import Figure
+
+    regimes = list(found["regimes"])
+    figure = Figure(figsize=(11, 3.6 * max(1, len(regimes))), layout="constrained")
+    axes = figure.subplots(max(1, len(regimes)), 3, squeeze=False, sharey="row")
+    for line, regime in zip(axes, regimes, strict=False):
+        for place, (key, label) in zip(line, _COSTS, strict=True):
+            _draw_costs(place, found["regimes"][regime]["rows"], key)
+            place.set_xlabel(label, fontsize=8)
+        line[0].set_ylabel(f"{regime}: held-out loss (nats)", fontsize=8)
+    return figure
+
+
+_COSTS = (
+    ("parameters", "parameters"),
+    ("flops", "training FLOPs, teachers' passes included"),
+    ("seconds", "training seconds"),
+)
+
+
+def _draw_costs(axes: Any, rows: Mapping[str, Mapping[str, Any]], key: str) -> None:
+    roles = list(dict.fromkeys(name.rpartition("/")[2] for name in rows))
+    for number, role in enumerate(roles):
+        own = {name.rpartition("/")[0]: row for name, row in rows.items() if name.rpartition("/")[2] == role}
+        x, y = [row[key] for row in own.values()], [row["loss"]["mean"] for row in own.values()]
+        error = [row["loss"]["sd"] or 0.0 for row in own.values()]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.errorbar(x, y, error, fmt="o", color=colour, markersize=4, linewidth=0.8, label=role)
+        if key == "flops":
+            for name, at, loss in zip(own, x, y, strict=True):
+                axes.annotate(name, (at, loss), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
+    values = [row[key] for row in rows.values() if row[key]]
+    if values and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+    _plain(axes)
+    if axes.has_data():
+        axes.legend(frameon=False, fontsize=7)
+
+
+def draw_curves(axes: Any, study: Study, cells: Sequence[Cell]) -> None:
+    """Held-out loss over tokens: the mean over seeds, and a band of one standard deviation."""
+    for number, name in enumerate(study.curves):
+        arm, _, role = name.rpartition("/")
+        curves = [c["members"][role]["curve"] for c in cells if c["arm"] == arm and role in c["members"]]
+        if not curves:
+            continue
+        tokens = np.array(curves[0])[:, 0] / 1e6
+        losses = np.array([np.array(curve)[:, 1] for curve in curves])
+        mean, sd = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else np.zeros(len(tokens))
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(tokens, mean, color=colour, linewidth=1.4, label=name)
+        axes.fill_between(tokens, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+    axes.set_xlabel("training tokens (millions)", fontsize=8)
+    axes.set_ylabel("held-out loss (nats)", fontsize=8)
+    _plain(axes)
+    if axes.has_data():
+        axes.legend(frameon=False, fontsize=7)
+
+
+def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], named: bool) -> None:
+    """Differences of the loss with 95 % intervals; filled where the interval excludes 0."""
+    for row, c in enumerate(contrasts):
+        of = c["loss"]
+        if of["mean"] is None:
+            continue
+        is_shown = of["verdict"] in ("lower", "higher")
+        colour = COLOURS[2] if of["mean"] < 0 else COLOURS[1]
+        colour = colour if is_shown else "#888888"
+        if of["interval"] is not None:
+            axes.plot(of["interval"], [row, row], color=colour, linewidth=1.5)
+        axes.plot([of["mean"]], [row], "o", color=colour, markersize=5, markerfacecolor=colour if is_shown else "white")
+    axes.axvline(0, color="black", linewidth=0.7)
+    axes.set_yticks(range(len(contrasts)), [c["label"] for c in contrasts] if named else [""] * len(contrasts))
+    axes.set_ylim(len(contrasts) - 0.5, -0.5)
+    axes.set_xlabel("difference of the held-out loss (nats; below 0 is better)", fontsize=8)
+    _plain(axes)
+
+
+def _plain(axes: Any) -> None:
+    axes.tick_params(labelsize=7)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,82 @@
+"""From a finished run's folder to cells, and the models that others need."""
+
+import datetime
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from codistill.files import atomic_folder
+from codistill.loading import load, read_run
+from codistill.metrics import read_metrics
+from codistill.study.arms import Arm
+from codistill.study.cells import Cell
+
+AGREEMENT = "agreement.json"  # in a run's folder: arm → how often its two trained members agree
+
+
+def harvest(arm: Arm, key: str, names: Mapping[str, str], folder: Path, models: Path, kept: Collection[str]) -> Cell:
+    """The cell of `arm` from the run in `folder`, of which it may be a part; `names`: role → member there. The models
+    of the roles `kept` are copied to `models`/ROLE."""
+    results = json.loads((folder / "results.json").read_text())
+    facts = load(read_run(folder / "run.yaml")).provenance or {}
+    for role in kept:
+        with atomic_folder(models / role) as fresh:
+            shutil.copytree(folder / "members" / names[role], fresh, dirs_exist_ok=True)
+    return {
+        **_named(arm, key, ""),
+        "text": {split: of["identity"] for split, of in facts["data"].items()},
+        "unigram_loss": results["held_out"]["unigram_loss"],
+        **{name: results[name] for name in ("steps", "tokens", "passes", "precision")},
+        "machine": facts["machine"],
+        "versions": facts["versions"],
+        "date": datetime.date.today().isoformat(),
+        "members": {role: _member(arm, role, names[role], folder, results) for role in arm.run.trained},
+        "agreement": _agreement(arm, folder),
+    }
+
+
+def failed_cell(arm: Arm, key: str, reason: str) -> Cell:
+    """A cell without scores, and why."""
+    return {**_named(arm, key, reason), "members": {}}
+
+
+def _named(arm: Arm, key: str, failed: str) -> Cell:
+    return {"key": key, "arm": arm.name, "regime": arm.regime, "seed": arm.seed, "failed": failed}
+
+
+def _member(arm: Arm, role: str, name: str, folder: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    found = results["members"][name]
+    shown = ("loss", "accuracy", "parameters", "flops", "seconds")
+    return {
+        **{key: found[key] for key in shown},
+        "teachers": sorted({edge.teacher for edge in arm.run.distillation if edge.student == role}),
+        "curve": _curve(folder, name, results["tokens"] / results["steps"]),
+        "blimp": _blimp(folder, name),
+    }
+
+
+def _curve(folder: Path, name: str, tokens_per_step: float) -> list[tuple[int, float]]:
+    """(tokens, held-out loss) along training."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [(round(x["step"] * tokens_per_step), x["held_out"][name]["loss"]) for x in lines if "held_out" in x]
+
+
+def _blimp(folder: Path, name: str) -> dict[str, Any] | None:
+    """The share of pairs judged right; None if it was not asked."""
+    file = folder / "scores" / "results.json"
+    if not file.exists():
+        return None
+    cells = json.loads(file.read_text())["cells"]
+    cell = next(cell for cell in cells if cell["model"] == f"{folder.name}/{name}")
+    if cell["failed"]:
+        return {"failed": cell["failed"]}
+    return {"score": cell["score"], "pairs": cell["counted"]["pairs"]}
+
+
+def _agreement(arm: Arm, folder: Path) -> float | None:
+    """The share of BLiMP's pairs that the two trained members of an arm judge alike; None where there are not two."""
+    file = folder / AGREEMENT
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return found.get(arm.name)

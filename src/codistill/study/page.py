@@ -1,0 +1,109 @@
+"""A study's numbers as a page."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from codistill.blocks import Block, Heading, Table, Text
+
+
+def study_blocks(found: Mapping[str, Any]) -> list[Block]:
+    """All tables of `analysis`, one regime after the other, with what a reader must know beside them."""
+    blocks: list[Block] = [Text(_made(found))]
+    if found["missing"]:
+        blocks.append(Text(f"Not trained yet: {found['missing']} of {found['arms']} arms.", important=True))
+    for regime, of in found["regimes"].items():
+        blocks += [Heading(regime, 3), Text(_facts(of)), *_warnings(of), contrasts_table(of), rows_table(of)]
+        blocks += _along(of)
+    if found["failed"]:
+        blocks.append(Heading("Failed", 3))
+        reasons = [[c["arm"], c["regime"], str(c["seed"]), c["failed"]] for c in found["failed"]]
+        blocks.append(Table(["arm", "regime", "seed", "why"], reasons, words=(1, 3)))
+    return blocks
+
+
+def _made(found: Mapping[str, Any]) -> str:
+    machines = "; ".join(
+        f"{m['device']}, {m['threads']} thread{'s' if m['threads'] != 1 else ''} a process, {m['precision']}"
+        for m in found["machines"]
+    )
+    versions = "; ".join(", ".join(f"{name} {v}" for name, v in of.items()) for of in found["versions"])
+    days = found["dates"]
+    when = f"{days[0]} to {days[-1]}" if len(days) > 1 else "".join(days)
+    return f"Scale {found['scale']}. Made {when} on {machines or 'nothing yet'} with {versions or 'nothing yet'}."
+
+
+def _facts(of: Mapping[str, Any]) -> str:
+    unigram = f"{of['unigram_loss']:.3f} nats" if of["unigram_loss"] is not None else "not known"
+    return (
+        f"{_span(of['steps'], ',')} steps, {_span(of['tokens'], ',')} tokens, {_span(of['passes'], '.3g')} passes; "
+        f"unigram cross-entropy of the held-out text {unigram}."
+    )
+
+
+def _span(values: list[float], style: str) -> str:
+    shown = [format(value, style) for value in values]
+    return "no" if not shown else shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
+
+
+def _warnings(of: Mapping[str, Any]) -> list[Block]:
+    return [
+        Text(
+            f"On the plateau: {w['member']}, seed {w['seed']}, ended only {w['below']:.2f} nats below the unigram.",
+            important=True,
+        )
+        for w in of["on_the_plateau"]
+    ]
+
+
+def contrasts_table(of: Mapping[str, Any]) -> Table:
+    """Differences with their intervals and what they show."""
+    head = ["treated − control", "seeds", "Δ loss, nats", "95 % interval", "shown"]
+    head += ["Δ BLiMP, points", "95 % interval", "shown"]
+    return Table(head, [_contrast(c) for c in of["contrasts"]], words=(3, 4, 6, 7))
+
+
+def _contrast(c: Mapping[str, Any]) -> list[str]:
+    return [c["label"], str(c["loss"]["seeds"]), *_difference(c["loss"], 3), *_difference(c["blimp"], 2)]
+
+
+def _difference(of: Mapping[str, Any], digits: int) -> list[str]:
+    if of["mean"] is None:
+        return ["", "", of["verdict"]]
+    interval = "" if of["interval"] is None else f"[{of['interval'][0]:+.{digits}f}, {of['interval'][1]:+.{digits}f}]"
+    return [f"{of['mean']:+.{digits}f}", interval, of["verdict"]]
+
+
+def rows_table(of: Mapping[str, Any]) -> Table:
+    """Every model: its size, what it cost, and its scores."""
+    head = ["arm / member", "seeds", "parameters", "FLOPs (of teachers)", "seconds", "held-out loss", "BLiMP, %"]
+    return Table([*head, "peers agree"], [_row(name, row) for name, row in of["rows"].items()])
+
+
+def _row(name: str, row: Mapping[str, Any]) -> list[str]:
+    teachers = f" ({row['teacher_flops']:.2g})" if row["teacher_flops"] else ""
+    agreement = "" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %"
+    cost = [f"{row['parameters'] / 1e6:.2f} M", f"{row['flops']:.3g}{teachers}", f"{row['seconds']:.0f}"]
+    return [name, str(len(row["seeds"])), *cost, _spread(row["loss"], 3), _spread(row["blimp"], 1), agreement]
+
+
+def _spread(of: Mapping[str, float | None], digits: int) -> str:
+    if of["mean"] is None:
+        return ""
+    return f"{of['mean']:.{digits}f}" + ("" if of["sd"] is None else f" ± {of['sd']:.{digits}f}")
+
+
+def _along(of: Mapping[str, Any]) -> list[Block]:
+    """The contrasts of the loss at points along training, where a study asks for them."""
+    if not of["along"]:
+        return []
+    shares = [f"{point['share']:.0%}" for point in of["along"][0]["points"]]
+    rows = [[line["label"], *(_point(point) for point in line["points"])] for line in of["along"]]
+    words = Text("Δ loss after so much of the training; * where the 95 % interval excludes 0.")
+    return [words, Table(["treated − control", *shares], rows)]
+
+
+def _point(point: Mapping[str, Any]) -> str:
+    of = point["loss"]
+    if of["mean"] is None:
+        return ""
+    return f"{of['mean']:+.3f}{'*' if of['verdict'] in ('lower', 'higher') else ''}"

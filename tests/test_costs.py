@@ -1,0 +1,55 @@
+"""What the members of a run cost, and how much of the text the run uses."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from codistill.build import build
+from codistill.train import train
+from runs import small_run, with_teachers
+
+CPU = torch.device("cpu")
+
+
+def of_members(folder, key="flops"):
+    return {name: member[key] for name, member in json.loads((folder / "results.json").read_text())["members"].items()}
+
+
+def test_a_trained_member_takes_three_forward_passes_a_step(text, tmp_path):
+    """The oracle counts a real pass of Hugging Face's model, output embedding included."""
+    out = train(small_run("standalone-clm", text, "steps=4"), tmp_path / "run")
+    config = LlamaConfig.from_pretrained(out / "members" / "large")
+    config._attn_implementation = "eager"  # whose products PyTorch counts on every device
+    rows_BT = torch.zeros(8, 32, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        LlamaForCausalLM(config)(rows_BT)
+    own = of_members(out)["large"]
+    head = 2 * config.hidden_size * config.vocab_size
+    not_predicted = 8 * head  # the last position of a row predicts nothing
+    # The rotary angles of the positions are a product too, and a handful of operations.
+    assert own["own"] == pytest.approx(4 * 3 * (counter.get_total_flops() - not_predicted), rel=0.01)
+    assert own["teachers"] == 0
+
+
+def test_a_frozen_teacher_is_paid_for_while_it_teaches(text, teacher, tmp_path):
+    out = train(with_teachers("dwt", text, teacher, "distillation.0.weight={step: {0: 1, 5: 0}}"), tmp_path / "run")
+    flops, seconds = of_members(out), of_members(out, "seconds")
+    always = of_members(train(with_teachers("dwt", text, teacher), tmp_path / "always"))
+    assert flops["weak"]["own"] == flops["large"]["teachers"] == always["large"]["teachers"] * 5 // 20
+    assert flops["large"]["own"] == always["large"]["own"]
+    assert seconds["weak"] < seconds["large"]
+
+
+def test_peers_pay_for_themselves(text, tmp_path):
+    flops = of_members(train(small_run("ctcd", text, "steps=2"), tmp_path / "run"))
+    assert [of["teachers"] for of in flops.values()] == [0, 0]
+    assert flops["large"]["own"] > flops["small"]["own"] > 0
+
+
+def test_a_run_uses_only_the_tokens_it_is_given(text, tmp_path):
+    run = small_run("standalone", text, "data.tokens=640", "steps=10", "precision=float32")
+    assert build(run, CPU).batches.num_rows == 20
+    assert json.loads((train(run, tmp_path / "run") / "results.json").read_text())["passes"] == 10 * 8 / 20

@@ -1,0 +1,380 @@
+"""Studies: arms are what they would be alone, cells are kept by content, and what fails is empty and says why."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from codistill.cli import main
+from codistill.config import Data
+from codistill.errors import MachineError, UserError
+from codistill.loading import load, to_dict
+from codistill.study.analysis import analysis, contrast
+from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
+from codistill.study.cells import Cells
+from codistill.study.design import Contrast, edge, frozen, settings
+from codistill.study.execute import Means, Stopped, execute
+from codistill.study.grids import STUDIES
+from codistill.study.run import run_study, tabulate
+from codistill.study.scales import SCALES
+from codistill.train import train
+from studies import SCALE, SIZE, STUDY, arms, data_folder, request
+
+TEXT = Data(train=["text"], validation=["text"])
+
+
+@pytest.fixture(scope="module")
+def data(text, tmp_path_factory) -> Path:
+    return data_folder(tmp_path_factory.mktemp("data"), text)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """The toy study of one seed, trained for good in processes of its own."""
+    out = tmp_path_factory.mktemp("study") / "toy"
+    run_study(request(out), data=data, jobs=1)
+    return out
+
+
+def cell_of(out: Path, name: str) -> dict:
+    (arm,) = [arm for arm in arms(SCALE, 0) if arm.name == name]
+    found = Cells(out).get(keys_of(arms(SCALE, 0))[arm.place])
+    assert found is not None
+    return found
+
+
+# ---- what an arm comes to ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "role"), [("alone", "large"), ("taught", "large"), ("pair", "small")])
+def test_an_arm_in_company_is_the_arm_alone(name, role, finished, data, tmp_path):
+    """The oracle trains the arm's own run, without the study: to the last bit the same losses."""
+    (arm,) = [arm for arm in arms(SCALE, 0) if arm.name == name]
+    teacher = str(finished / "models" / cell_of(finished, "teacher")["key"] / "teacher")
+    members = {n: replace(m, path=teacher) if m.path else m for n, m in arm.run.members.items()}
+    text = {
+        "train": [str(data / "text/prose/train.parquet")],
+        "validation": [str(data / "text/prose/validation.parquet")],
+    }
+    run = replace(arm.run, members=members, data=replace(arm.run.data, **text))
+    results = json.loads((train(run, tmp_path / "run", device="cpu") / "results.json").read_text())
+    found = cell_of(finished, name)["members"][role]
+    assert found["loss"] == results["members"][role]["loss"]
+    assert found["flops"] == results["members"][role]["flops"]
+    assert found["curve"][-1] == [8 * 8 * 32, results["members"][role]["loss"]]
+
+
+def test_what_is_known_is_not_trained_again_and_the_rest_comes_out_the_same(finished, data):
+    before = {file.name: file.read_text() for file in (finished / "cells").iterdir()}
+    table = json.loads((finished / "results.json").read_text())
+    taught = cell_of(finished, "taught")
+    (finished / "cells" / f"{taught['key']}.json").unlink()
+    times = {file.name: file.stat().st_mtime_ns for file in (finished / "cells").iterdir()}
+    run_study(request(finished), data=data, jobs=1)
+    again = cell_of(finished, "taught")
+    for cell in (taught, again):
+        cell["members"]["large"].pop("seconds")
+    assert again == taught
+    assert {name: (finished / "cells" / name).stat().st_mtime_ns for name in times} == times
+    assert before.keys() == {file.name for file in (finished / "cells").iterdir()}
+    assert (
+        json.loads((finished / "results.json").read_text())["regimes"]["one pass"]["contrasts"]
+        == (table["regimes"]["one pass"]["contrasts"])
+    )
+    assert list((finished / "work").iterdir()) == []
+
+
+def test_the_table_is_a_function_of_the_cells(finished):
+    made = {name: (finished / name).read_bytes() for name in ("results.json", "table.md", "figure.png")}
+    for name in made:
+        (finished / name).unlink()
+    tabulate(request(finished))
+    assert {name: (finished / name).read_bytes() for name in made} == made
+    assert "taught − alone" in made["table.md"].decode()
+    assert "On the plateau: alone/large, seed 0" in made["table.md"].decode()
+
+
+def test_another_studys_cell_of_the_same_content_is_used(finished):
+    beside = request(finished.parent / "beside", replace(STUDY, name="another"))
+    found = run_study(beside, data=None)
+    assert found["missing"] == 0
+    assert {file.name for file in (beside.out / "cells").iterdir()} == {
+        file.name for file in (finished / "cells").iterdir()
+    }
+
+
+# ---- keys and cohorts ----------------------------------------------------------------------------
+
+
+def test_a_key_is_the_content_and_not_the_name():
+    (at,) = settings(SIZE, 0, passes=(1,))
+    large, small = (at.learner(SIZE.models[role]) for role in ("large", "small"))
+
+    def key(*, weight=1.0, teacher=small, named="teacher", **changes) -> str:
+        first = at.arm(named, {"teacher": teacher}, seed=1000)
+        second = at.arm(
+            "taught", {"teacher": frozen(named), "large": large}, edge("teacher", "large", weight), **changes
+        )
+        return keys_of([first, second])[second.place]
+
+    assert key() == key(named="otherwise") == key(checkpoint=SIZE.checkpoint, log=replace(SIZE.log, every=1))
+    assert len({key(), key(weight=2.0), key(teacher=large), key(steps=9), key(seed=1)}) == 5
+
+
+def test_members_that_are_alike_are_trained_once():
+    found = arms(SCALE, 0)
+    by_name = {arm.name: arm for arm in found}
+    names = member_names([by_name["alone"], by_name["pair"]])
+    assert names["pair", "large"] == names["alone", "large"] == "alone--large"
+    run = merged([by_name["alone"], by_name["pair"]], TEXT, {})
+    assert list(run.members) == ["alone--large", "pair--small"]
+    assert [(e.teacher, e.student) for e in run.distillation] == [("alone--large", "pair--small")]
+    assert load(to_dict(run)) == run
+
+
+def test_what_is_needed_comes_before_and_cohorts_are_small():
+    for study in STUDIES.values():
+        every = study.arms(SCALES["tiny"], 0) + study.arms(SCALES["tiny"], 1)
+        assert len({arm.place for arm in every}) == len(every)
+        groups = grouped(every, 6)
+        assert sorted(arm.place for group in groups for arm in group) == sorted(arm.place for arm in every)
+        for group in groups:
+            assert len({(arm.seed, arm.run.seed, arm.run.steps, arm.run.data.tokens) for arm in group}) == 1
+            assert len(group) == 1 or len(member_names(group)) <= 20
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_cohort_of_every_study_is_a_valid_run(name, scale):
+    study = STUDIES[name]
+    every = study.arms(SCALES[scale], 0)
+    known = {f"{arm.name}/{role}" for arm in every for role in arm.run.trained}
+    for wanted in study.contrasts:
+        assert {wanted.treated, wanted.control} <= known
+    assert {*study.alone, *study.curves} <= known
+    for group in grouped(every, SCALES[scale].most_members):
+        needed = [of for arm in group for of in [*arm.taught_by.values(), *arm.begun_from.values()]]
+        run = merged(group, TEXT, dict.fromkeys(needed, "folder"))
+        assert load(to_dict(run)) == run
+
+
+def test_a_teacher_that_is_no_arm_is_one_line():
+    (at,) = settings(SIZE, 0, passes=(1,))
+    large = at.learner(SIZE.models["large"])
+    orphan = at.arm("taught", {"teacher": frozen("nobody"), "large": large}, edge("teacher", "large"))
+    assert orphan.run.members["teacher"].path == of_arm("nobody", "teacher")
+    with pytest.raises(UserError, match="its teacher 'nobody' is no arm of the study"):
+        keys_of([orphan])
+
+
+# ---- the numbers ---------------------------------------------------------------------------------
+
+
+def made_up(arm: str, seed: int, loss: float, blimp: float | None = None, failed: str = "") -> dict:
+    member = {
+        "loss": loss, "accuracy": 0.1, "parameters": 10, "flops": {"own": 6, "teachers": 2}, "seconds": 1.0,
+        "teachers": [], "curve": [[50, loss + 1], [100, loss]],
+        "blimp": None if blimp is None else {"score": blimp, "pairs": 100},
+    }  # fmt: skip
+    return {
+        "key": f"{arm}{seed}", "arm": arm, "regime": "one pass", "seed": seed, "failed": failed, "unigram_loss": 7.0,
+        "steps": 1, "tokens": 100, "passes": 0.5, "precision": "float32", "text": {"train": "a", "validation": "b"},
+        "machine": {"device": "x", "threads": 1}, "versions": {"torch": "2"}, "date": "2026-01-01", "agreement": None,
+        "members": {} if failed else {"large": member},
+    }  # fmt: skip
+
+
+def test_intervals_are_those_of_a_paired_t_test():
+    one, other = [5.1, 5.3, 5.0, 5.6], [5.0, 5.25, 4.8, 5.5]
+    cells = [made_up("alone", s, loss) for s, loss in enumerate(one)]
+    cells += [made_up("taught", s, loss) for s, loss in enumerate(other)]
+    found = analysis(STUDY, "toy", 8, cells)["regimes"]["one pass"]
+    loss = found["contrasts"][0]["loss"]
+    expected = stats.ttest_rel(other, one).confidence_interval(0.95)
+    assert loss["mean"] == pytest.approx(sum(b - a for a, b in zip(one, other, strict=True)) / 4)
+    assert loss["interval"] == pytest.approx([expected.low, expected.high])
+    assert (loss["verdict"], loss["headline"]) == ("lower", False)
+    assert found["contrasts"][0]["blimp"]["verdict"] == "not known"
+    assert found["rows"]["alone/large"]["flops"] == 8
+    points = found["along"][0]["points"]
+    assert [point["share"] for point in points] == [0.5, 1.0]
+    assert points[1]["loss"] == loss
+
+
+def test_an_interval_around_zero_shows_nothing_and_a_single_run_is_called_one():
+    by = {
+        "taught/large": {0: made_up("t", 0, 5.0)["members"]["large"], 1: made_up("t", 1, 5.3)["members"]["large"]},
+        "alone/large": {0: made_up("a", 0, 5.1)["members"]["large"], 1: made_up("a", 1, 5.2)["members"]["large"]},
+    }
+    wanted = Contrast("", "taught/large", "alone/large")
+    assert contrast(wanted, by)["loss"]["verdict"] == "not shown"
+    single = contrast(wanted, {name: {0: of[0]} for name, of in by.items()})["loss"]
+    assert (single["interval"], single["verdict"]) == (None, "a single run")
+
+
+def test_seeds_are_paired_and_a_failed_cell_is_empty_with_its_reason():
+    cells = [made_up("alone", 0, 5.0), made_up("alone", 1, 9.0), made_up("taught", 0, 4.0)]
+    cells.append(made_up("taught", 1, 0.0, failed="a loss that is not finite"))
+    found = analysis(STUDY, "toy", 4, cells)
+    assert found["regimes"]["one pass"]["contrasts"][0]["loss"]["mean"] == -1.0
+    assert found["regimes"]["one pass"]["rows"]["taught/large"]["seeds"] == [0]
+    assert found["failed"] == [
+        {"arm": "taught", "regime": "one pass", "seed": 1, "failed": "a loss that is not finite"}
+    ]
+
+
+def test_a_model_on_the_plateau_is_named():
+    cells = [made_up("alone", 0, 5.6), made_up("alone", 1, 5.4)]
+    found = analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["on_the_plateau"]
+    assert [(f["member"], f["seed"]) for f in found] == [("alone/large", 0)]
+    assert found[0]["below"] == pytest.approx(1.4)
+
+
+# ---- running, failing, stopping: with a worker that only pretends ---------------------------------
+
+PRETENDER = textwrap.dedent("""
+    import json, pathlib, signal, sys, time
+    request = json.loads(pathlib.Path(sys.argv[1]).read_text())
+    run, out = pathlib.Path(request["run"]).read_text(), pathlib.Path(request["out"])
+    with open(pathlib.Path(__file__).with_suffix(".calls"), "a") as calls:
+        calls.write(" ".join(request["members"]) + "\\n")
+    if "bad--" in run:
+        print("a warning", file=sys.stderr); print("large: its loss was not finite", file=sys.stderr); sys.exit(2)
+    if "slow--" in run:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)
+    if "full--" in run:
+        print("no space", file=sys.stderr); sys.exit(1)
+    member = dict(loss=5.0, accuracy=0.1, parameters=10, flops=dict(own=6, teachers=0), seconds=1.0)
+    for name in request["members"]:
+        folder = out / "members" / name
+        folder.mkdir(parents=True); (folder / "config.json").write_text("{}")
+    facts = dict(data=dict(train=dict(identity="a"), validation=dict(identity="b")), machine={}, versions={})
+    import yaml
+    (out / "run.yaml").write_text(yaml.dump(yaml.safe_load(run) | {"provenance": facts}))
+    (out / "results.json").write_text(json.dumps(dict(
+        members={name: member for name in request["members"]}, held_out=dict(unigram_loss=7.0), steps=8, tokens=80,
+        passes=1.0, precision="float32")))
+""")
+
+
+@pytest.fixture
+def means(tmp_path) -> Means:
+    (tmp_path / "worker.py").write_text(PRETENDER)
+    return Means(TEXT, None, None, 2, ["cpu"], 3, (sys.executable, str(tmp_path / "worker.py")))
+
+
+def renamed(**names: str):
+    """The toy study's arms, some of them under another name."""
+    found = []
+    for arm in arms(SCALE, 0):
+        paths = {r: replace(m, path=of_arm(names.get("teacher", "teacher"), "teacher")) if m.path else m
+                 for r, m in arm.run.members.items()}  # fmt: skip
+        found.append(replace(arm, name=names.get(arm.name, arm.name), run=replace(arm.run, members=paths)))
+    return found
+
+
+def test_an_arm_that_fails_leaves_the_others_of_its_cohort(means, tmp_path):
+    every = renamed(pair="bad")
+    execute(every, tmp_path / "out", means)
+    cells, keys = Cells(tmp_path / "out"), keys_of(every)
+    found = {arm.name: cells.get(keys[arm.place]) for arm in every}
+    assert found["bad"]["failed"] == "large: its loss was not finite"
+    assert [name for name, cell in found.items() if cell["failed"]] == ["bad"]
+    assert found["bad"]["members"] == {}
+
+
+def test_a_student_whose_teacher_failed_is_empty_and_says_so(means, tmp_path):
+    every = renamed(teacher="bad")
+    execute(every, tmp_path / "out", means)
+    cells, keys = Cells(tmp_path / "out"), keys_of(every)
+    failed = {arm.name: cells.get(keys[arm.place])["failed"] for arm in every}
+    assert failed["taught"] == "what it needs failed: bad: large: its loss was not finite"
+    assert failed["alone"] == failed["pair"] == ""
+
+
+def test_a_machine_that_fails_is_no_result(means, tmp_path):
+    with pytest.raises(MachineError, match="no space"):
+        execute(renamed(pair="full"), tmp_path / "out", means)
+    assert all(not json.loads(file.read_text())["failed"] for file in (tmp_path / "out").glob("cells/*.json"))
+
+
+def test_a_study_that_is_stopped_goes_on(means, tmp_path):
+    """A process stops itself by the signal that a scheduler would send; then the same arms without what is slow."""
+    out = tmp_path / "out"
+    code = (
+        "import test_study as t, sys; from pathlib import Path\n"
+        "from codistill.study.execute import Means, Stopped, execute\n"
+        f"means = Means(t.TEXT, None, None, 2, ['cpu'], 3, (sys.executable, {str(tmp_path / 'worker.py')!r}))\n"
+        f"try: execute(t.renamed(taught='slow'), Path({str(out)!r}), means)\n"
+        "except Stopped: sys.exit(75)\n"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")])
+    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path})
+    for _ in range(1200):
+        if len(list(out.glob("cells/*.json"))) == 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    execute(renamed(), out, means)
+    calls = (tmp_path / "worker.calls").read_text().split("\n")
+    assert [line for line in calls if line and "slow" not in line and "taught" not in line] == [
+        line for line in dict.fromkeys(calls) if line and "slow" not in line and "taught" not in line
+    ]
+    assert sum("taught--large" in line for line in calls) == 1
+
+
+def test_stopped_is_what_a_worker_that_was_stopped_means(means, tmp_path):
+    text = (tmp_path / "worker.py").read_text()
+    (tmp_path / "worker.py").write_text("import sys; sys.exit(75)\n" + text)
+    with pytest.raises(Stopped):
+        execute(renamed(), tmp_path / "out", means)
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ctdc"], "there is no study 'ctdc' (did you mean ctcd?); the studies are dwt-teacher-quality,"),
+        (["ctcd", "--scale", "large"], "there is no scale 'large'"),
+        (["ctcd", "--seeds", "0"], "--seeds 0: at least one is needed"),
+        (["causal", "--seeds", "1"], "some of its arms are not trained yet, which needs text; give a folder with"),
+        (["causal", "--seeds", "1", "--data", "nowhere"], "--data nowhere: there is no text/*/train*.parquet"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["study", *arguments, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(finished, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="it holds something else than a study"):
+        run_study(request(tmp_path), data=None)
+    with pytest.raises(UserError, match="it holds the study 'toy' at 'toy', and 'other' at 'toy' was asked for"):
+        run_study(request(finished, replace(STUDY, name="other")), data=None)
+
+
+def test_a_cell_of_another_version_or_text_is_refused(tmp_path):
+    every, cells = arms(SCALE, 0), Cells(tmp_path / "out")
+    for number, arm in enumerate(every):
+        key = keys_of(every)[arm.place]
+        cells.put(key, made_up(arm.name, 0, 5.0) | {"key": key, "text": {"train": str(number > 1)}})
+    with pytest.raises(UserError, match="the cells of alone and taught are of different text"):
+        tabulate(request(tmp_path / "out"))
+    file = tmp_path / "out" / "cells" / f"{key}.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 0}))
+    with pytest.raises(UserError, match=r"a cell of format 0, wanted 1; it is of another version of codistill"):
+        tabulate(request(tmp_path / "out"))
