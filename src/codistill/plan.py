@@ -1,8 +1,8 @@
 """What a run will take, before it starts: tokens, floating-point operations, memory, and time on this machine."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from rich.box import SIMPLE
@@ -29,6 +29,7 @@ _MOST_FLOPS_TRIED = {"cpu": 2e12, "cuda": 2e15}  # of a step: above, trying some
 class Plan:
     """`flops` as in `costs.member_flops`. `memory`: bytes of each part. `seconds`: of the whole run, from
     steps tried here on made-up tokens, without held-out scores; None where they were not tried, and `why_not`.
+    `accumulates`: several micro-batches a step.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class Plan:
     memory: dict[str, int]
     seconds: float | None
     why_not: str = ""
+    accumulates: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -44,7 +46,8 @@ class Plan:
         parts = self.memory
         steady = parts["parameters"] + parts["optimizer states"]
         after_loss = parts["activations"] + parts["the loss's buffers"] + parts["gradients of output layers"]
-        return steady + max(after_loss, parts["gradients"])
+        kept = parts["gradients"] if self.accumulates else 0  # of the micro-batches before
+        return steady + max(after_loss + kept, parts["gradients"])
 
 
 def plan(run: Run, device: torch.device) -> Plan:
@@ -56,16 +59,14 @@ def plan(run: Run, device: torch.device) -> Plan:
     flops = member_flops(run, models, rows=rows, steps=run.steps)
     memory = memory_of(run, models, vocabulary, getattr(torch, precision), device.type)
     a_step = sum(of["own"] for of in flops.values()) / run.steps
-    found = Plan(
-        run.steps * run.batch.sequences * run.data.length,
-        {name: Predictor(model, vocabulary).num_parameters for name, model in models.items()},
-        flops, memory, None,
-    )  # fmt: skip
-    why = _why_not_try(found, a_step, device)
+    tokens = run.steps * run.batch.sequences * run.data.length
+    parameters = {name: Predictor(model, vocabulary).num_parameters for name, model in models.items()}
+    found = Plan(tokens, parameters, flops, memory, None, accumulates=run.batch.accumulate > 1)
+    why = why_not_try(found.peak_bytes, a_step, device)
     if why:
-        return Plan(found.tokens, found.parameters, flops, memory, None, why)
+        return replace(found, why_not=why + (_largest(memory) if "GiB" in why else ""))
     seconds = seconds_a_step(run, models, vocabulary, device, getattr(torch, precision))
-    return Plan(found.tokens, found.parameters, flops, memory, seconds * run.steps)
+    return replace(found, seconds=seconds * run.steps)
 
 
 def plan_table(found: Plan, run: Run) -> Table:
@@ -82,7 +83,8 @@ def plan_table(found: Plan, run: Run) -> Table:
 def memory_lines(found: Plan) -> list[str]:
     """What needs how much memory, and what is in use at most."""
     lines = [f"{name}: {size / 2**20:,.0f} MiB" for name, size in found.memory.items()]
-    return [*lines, f"at most in use at once: {found.peak_bytes / 2**20:,.0f} MiB, the libraries' own not counted"]
+    most = f"at most in use at once by tensors: {found.peak_bytes / 2**20:,.0f} MiB"
+    return [*lines, most, "the process takes more: libraries, and what its allocator keeps"]
 
 
 def memory_of(
@@ -199,17 +201,20 @@ def _model(run: Run, name: str, vocabulary: int) -> PreTrainedModel:
         )
 
 
-def _why_not_try(found: Plan, flops_a_step: float, device: torch.device) -> str:
+def why_not_try(needed: int, flops_a_step: float, device: torch.device) -> str:
+    """Why some steps that need so many bytes and operations should not be tried on `device`; "" if they may."""
     if flops_a_step > _MOST_FLOPS_TRIED.get(device.type, 0):
-        return f"a step of {flops_a_step:.2g} FLOPs is too large to try here"
+        return f"time not estimated: a step of {flops_a_step:.2g} FLOPs is too large to try here"
     free = _free_bytes(device)
-    if found.peak_bytes > free:
-        parts = max(found.memory.items(), key=lambda part: part[1])
-        return (
-            f"{found.peak_bytes / 2**30:.1f} GiB are needed and {free / 2**30:.1f} GiB free; the most goes to "
-            f"{parts[0]}: lower batch.sequences or raise batch.accumulate"
-        )
-    return ""
+    return f"needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free" if needed > free else ""
+
+
+def _largest(memory: Mapping[str, int]) -> str:
+    """What to lower, by what needs the most."""
+    name = max(memory, key=lambda part: memory[part])
+    return f"; the most goes to {name}: " + (
+        "lower batch.sequences or raise batch.accumulate" if name == "activations" else "take smaller members"
+    )
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -224,16 +229,12 @@ def _free_bytes(device: torch.device) -> int:
 
 def _caption(found: Plan) -> str:
     total = sum(of["own"] for of in found.flops.values())
-    when = found.why_not if found.seconds is None else f"about {_duration(found.seconds)} on this machine"
+    when = found.why_not if found.seconds is None else f"about {duration(found.seconds)} on this machine"
     return f"{total:.3g} FLOPs in all; {when}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """For people: seconds, minutes or hours."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def as_data(found: Plan) -> dict[str, Any]:
-    """The plan as JSON-able data."""
-    return {"tokens": found.tokens, "flops": found.flops, "memory": found.memory, "peak_bytes": found.peak_bytes}

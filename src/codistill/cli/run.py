@@ -29,6 +29,7 @@ def train(
     accept_changes: Annotated[
         bool, Parameter(negative="", help="Resume although settings, text, tokenizer or versions have changed.")
     ] = False,
+    plan: Annotated[bool, Parameter(negative="", help="Print FLOPs, memory and time, and stop.")] = False,
     device: Device = None,
 ) -> None:
     """Train the members of a run together and write its run folder.
@@ -40,6 +41,8 @@ def train(
         raise UserError("--resume and --fresh exclude each other; give one of them")
     folder = out or _default_folder(source)
     check_teachers(run)
+    if plan:
+        return _print_plan(run, device)
     _train(run, folder, resume=resume, fresh=fresh, accept_changes=accept_changes, device=device)
 
 
@@ -89,6 +92,19 @@ def show(source: Source, /, *, set_: Settings = None) -> None:
     Example: codistill show dwt:paper --set seed=1
     """
     print(to_yaml(resolve(source, set_ or [])), end="")
+
+
+def _print_plan(run: Run, device: str | None) -> None:
+    from codistill.progress import shown
+
+    with shown("planning", 1):
+        from codistill import distributed
+        from codistill.plan import memory_lines, plan_table
+        from codistill.plan import plan as plan_of
+
+        found = plan_of(run, distributed.start("single", device).device)
+    console.print(plan_table(found, run))
+    console.print("\n".join(memory_lines(found)), markup=False)
 
 
 def _rate(text: str) -> float:

@@ -44,7 +44,10 @@ def study(
     request = Request(wanted, size, seeds or wanted.seeds, out)
     with shown("planning", 1):
         from codistill.study.plan import plan_lines
-    console.print("\n".join(plan_lines(request, jobs)), markup=False)
+        from codistill.study.run import devices
+
+        lines = plan_lines(request, jobs, devices(device))
+    console.print("\n".join(lines), markup=False)
     if not plan:
         _run(request, data=data, jobs=jobs, device=device)
 

@@ -28,7 +28,8 @@ class Contrast:
 class Study:
     """`arms`: of one seed, for a scale. `alone`: "ARM/ROLE" of stand-alone models, which must end 1.5 nats below the
     unigram loss for the study to say anything. `curves`: those whose learning curves are drawn. `along`: contrasts of
-    the loss are told along training too, and not only at its end."""
+    the loss are told along training too, and not only at its end. `over_passes`: they are drawn over the regimes' passes.
+    """
 
     name: str
     question: str
@@ -38,6 +39,7 @@ class Study:
     curves: Sequence[str]
     seeds: int = 3
     along: bool = False
+    over_passes: bool = False
 
 
 @dataclass(frozen=True)

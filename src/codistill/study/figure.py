@@ -27,14 +27,41 @@ def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> 
 
     regimes = list(found["regimes"])
     rows = max((len(of["contrasts"]) for of in found["regimes"].values()), default=0)
-    below = 0.6 + 0.27 * rows
-    figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), 3.2 + below), layout="constrained")
-    axes = figure.subplots(2, max(1, len(regimes)), squeeze=False, height_ratios=[3.2, below])
+    heights = [3.2, 0.6 + 0.27 * rows, *([3.6] if study.over_passes else [])]
+    figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), sum(heights)), layout="constrained")
+    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
+    above = parts[0].subplots(1, max(1, len(regimes)), squeeze=False)[0]
+    below = parts[1].subplots(1, max(1, len(regimes)), squeeze=False)[0]
     for column, regime in enumerate(regimes):
-        draw_curves(axes[0][column], study, [c for c in cells if c["regime"] == regime])
-        axes[0][column].set_title(regime, fontsize=10)
-        draw_contrasts(axes[1][column], found["regimes"][regime]["contrasts"], named=column == 0)
+        draw_curves(above[column], study, [c for c in cells if c["regime"] == regime])
+        above[column].set_title(regime, fontsize=10)
+        draw_contrasts(below[column], found["regimes"][regime]["contrasts"], named=column == 0)
+    if study.over_passes:
+        draw_over_passes(parts[2].subplots(), found)
     return figure
+
+
+def draw_over_passes(axes: Any, found: Mapping[str, Any]) -> None:
+    """Each difference of the loss, with its 95 % interval, over the passes of the regimes at equal steps."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
+    for of in found["regimes"].values():
+        for c in of["contrasts"]:
+            if c["loss"]["interval"] is not None:
+                half = (c["loss"]["interval"][1] - c["loss"]["interval"][0]) / 2
+                lines.setdefault(c["label"], []).append((max(of["passes"]), c["loss"]["mean"], half))
+    for number, (label, points) in enumerate(lines.items()):
+        x, y, half = (np.array(values) for values in zip(*sorted(points), strict=True))
+        axes.errorbar(
+            np.maximum(x, 1) * (1 + 0.02 * number), y, half, marker="o", markersize=4, linewidth=1.2, capsize=2,
+            color=COLOURS[number % len(COLOURS)], label=label,
+        )  # fmt: skip
+    axes.axhline(0, color="black", linewidth=0.7)
+    axes.set_xscale("log")
+    axes.set_xlabel("passes over the text at equal steps (1: less than one)", fontsize=8)
+    axes.set_ylabel("difference of the held-out loss (nats)", fontsize=8)
+    _plain(axes)
+    if axes.has_data():
+        axes.legend(frameon=False, fontsize=7)
 
 
 def costs_figure(found: Mapping[str, Any]) -> Any:

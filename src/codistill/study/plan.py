@@ -1,19 +1,61 @@
-"""What a study would train, before it starts."""
+"""What a study would train, and about how long it takes, before it starts."""
 
-from codistill.study.arms import grouped, trained_names
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from codistill.config import MemberConfig
+from codistill.plan import duration, plan
+from codistill.study.arms import Arm, grouped, trained_names
 from codistill.study.cells import Cells
 from codistill.study.run import Request, missing_cells
 
+_TO_START = 15.0  # seconds that a process needs before its first step
 
-def plan_lines(request: Request, jobs: int | None) -> list[str]:
-    """A few lines for people: how many arms, how many of them are known, how many cohorts are left."""
+
+def plan_lines(request: Request, jobs: int | None, devices: Sequence[str]) -> list[str]:
+    """A few lines for people: arms, those that are known, cohorts that are left, their FLOPs, and about how long."""
     arms = request.arms
     left = missing_cells(arms, Cells(request.out))
-    places = {arm.place for arm in left}
-    wanted = ([arm for arm in group if arm.place in places] for group in grouped(arms, request.scale.most_members))
-    groups = [group for group in wanted if group]
-    models = sum(len(trained_names(group)) for group in groups)
-    return [
+    lines = [
         f"study {request.study.name} at {request.scale.name}, {request.seeds} seeds: {request.study.question}",
-        f"{len(arms)} arms, {len(arms) - len(left)} known; left: {models} models in {len(groups)} cohorts",
+        f"{len(arms)} arms, {len(arms) - len(left)} known",
     ]
+    return [*lines, _left(request, left, jobs, devices)] if left else lines
+
+
+def _left(request: Request, left: Sequence[Arm], jobs: int | None, devices: Sequence[str]) -> str:
+    places = {arm.place for arm in left}
+    every = grouped(request.arms, request.scale.most_members)
+    groups = [group for group in ([arm for arm in group if arm.place in places] for group in every) if group]
+    models = sum(len(trained_names(group)) for group in groups)
+    flops, seconds, why = _cost(groups, devices[0])
+    jobs = jobs or ((os.cpu_count() or 1) if devices[0] == "cpu" else len(devices))
+    when = why or f"about {duration((seconds + _TO_START * len(groups)) / jobs)}, BLiMP not counted"
+    return f"left: {models} models in {len(groups)} cohorts, {flops:.2g} FLOPs; with {jobs} at once {when}"
+
+
+def _cost(groups: Sequence[Sequence[Arm]], device: str) -> tuple[float, float, str]:
+    """(FLOPs, seconds one after the other, why there are no seconds), from a few steps of each kind of model alone."""
+    tried: dict[str, tuple[float, float, str]] = {}
+    total, seconds, why = 0.0, 0.0, ""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else threads)
+    for group in groups:
+        for arm in group:
+            for role in arm.run.trained:
+                flops, spent, why_not = _alone(arm, arm.run.members[role], device, tried)
+                total, seconds, why = total + flops, seconds + spent, why or why_not
+    torch.set_num_threads(threads)
+    return total, seconds, why
+
+
+def _alone(arm: Arm, member: MemberConfig, device: str, tried: dict) -> tuple[float, float, str]:
+    run = replace(arm.run, members={"one": replace(member, init=None)}, distillation=[])
+    key = f"{member.model} {run.steps} {run.batch} {run.data.length}"
+    if key not in tried:
+        found = plan(run, torch.device(device))
+        tried[key] = (sum(found.flops["one"].values()), found.seconds or 0.0, found.why_not)
+    return tried[key]

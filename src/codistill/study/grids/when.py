@@ -39,5 +39,6 @@ WHEN_IT_PAYS = Study(
         for weight in _WEIGHTS
     ],
     alone=["alone-large/large", "alone-small/small"],
+    over_passes=True,
     curves=["alone-large/large", "dwt-weak/large", "both/large", "alone-small/small", "both/small"],
 )

@@ -1,0 +1,97 @@
+"""What a run will take, against what PyTorch then counts."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from codistill import plan as planning
+from codistill.cli import main
+from codistill.config import ModelConfig
+from codistill.loading import load, override, to_dict
+from codistill.plan import memory_of, plan
+from codistill.recipes import find
+from runs import small_run, with_teachers
+
+CPU = torch.device("cpu")
+WIDE = ["members.large.model.width=128", "data.tokenizer=train:wordpiece:8000", "batch.sequences=16"]
+
+
+def live_bytes(work) -> int:
+    """The most that tensors took at once beyond what there was before, by the profiler's count of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [
+        ("ctcd:tiny", ["precision=float32", "members.small.model.width=128", *WIDE]),
+        ("ctcd:tiny", ["precision=bfloat16", "members.small.model.width=64", "batch.accumulate=2", *WIDE]),
+        ("standalone:tiny", ["precision=float32", "data.tokenizer=train:wordpiece:30000", "batch.sequences=4"]),
+        ("ctcd-clm:tiny", ["precision=bfloat16", "members.small.model.width=128", *WIDE]),
+    ],
+)
+def test_memory_is_within_15_percent_of_what_is_then_counted(recipe, settings):
+    run = load(override(to_dict(find(recipe)), settings))
+    precision, vocabulary = getattr(torch, run.precision), planning._vocabulary(run)
+    models = {name: planning._model(run, name, vocabulary) for name in run.members}
+    found = planning.Plan(
+        0, {}, {}, memory_of(run, models, vocabulary, precision, "cpu"), None, accumulates=run.batch.accumulate > 1
+    )
+    cohort = planning._made_up(run, models, vocabulary, CPU, precision)
+    resident = sum(t.numel() * t.element_size() for m in cohort.members.values() for t in m.predictor.parameters())
+    batches = [planning._batch(run, vocabulary) for _ in range(run.batch.accumulate)]
+    resident += 2 * sum(p.numel() * 4 for m in cohort.trained for p in m.parameters)  # AdamW's, made in the first step
+    cohort.step(0, batches)
+    measured = resident + live_bytes(lambda: cohort.step(1, batches))
+    assert found.peak_bytes == pytest.approx(measured, rel=0.15)
+
+
+def test_a_plan_says_what_the_run_then_says(text, teacher, tmp_path):
+    run = with_teachers("dwt", text, teacher, f"data.tokenizer={teacher}")
+    found = plan(run, CPU)
+    assert found.tokens == 20 * 8 * 32
+    assert found.flops["large"]["teachers"] == found.flops["weak"]["own"] > 0
+    assert found.flops["large"]["own"] > found.flops["weak"]["own"]
+    assert found.seconds is not None
+
+
+def test_what_does_not_fit_is_named_with_what_to_lower(text, monkeypatch):
+    monkeypatch.setattr(planning, "_free_bytes", lambda device: 1000)
+    found = plan(small_run("standalone", text), CPU)
+    assert found.seconds is None
+    assert "0.0 GiB are free; the most goes to activations: lower batch.sequences or raise " in found.why_not
+    wide = ["members.large.model.width=512", "batch={sequences: 1, accumulate: 1}"]
+    large = load(override(to_dict(small_run("standalone", text)), wide))
+    assert "the most goes to optimizer states: take smaller members" in plan(large, CPU).why_not
+
+
+def test_what_is_too_large_to_try_has_no_time_and_says_so():
+    run = load(override(to_dict(find("standalone:small")), ["data.train=[x]"]))
+    found = plan(run, CPU)
+    assert found.seconds is None
+    assert "FLOPs is too large to try here" in found.why_not
+    assert found.parameters["large"] > 2e7
+
+
+def test_the_command_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["train", "ctcd:tiny", "--plan", "--set", "batch.sequences=2"])
+    said = capsys.readouterr().out
+    shown = ("1,000 steps, 128,000 tokens", "large", "FLOPs in all; about", "activations:", "in use at once by tensors")
+    for part in shown:
+        assert part in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_without_a_vocabulary_says_so():
+    run = load(override(to_dict(find("standalone:tiny")), ["data.tokenizer=null"]))
+    assert run.members["large"].model == ModelConfig(layers=6, width=128)
+    with pytest.raises(planning.UserError, match=r"data\.tokenizer: none is named, and no pre-trained member has one"):
+        plan(run, CPU)
