@@ -28,7 +28,7 @@ class Contrast:
 class Study:
     """`arms`: of one seed, for a scale. `alone`: "ARM/ROLE" of stand-alone models, which must end 1.5 nats below the
     unigram loss for the study to say anything. `curves`: those whose learning curves are drawn. `along`: contrasts of
-    the loss are told along training too, and not only at its end. `over_passes`: they are drawn over the regimes' passes.
+    the loss are told along training too, and not only at its end. `over_passes`: drawn over the passes too.
     """
 
     name: str

@@ -29,9 +29,9 @@ def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> 
     rows = max((len(of["contrasts"]) for of in found["regimes"].values()), default=0)
     heights = [3.2, 0.6 + 0.27 * rows, *([3.6] if study.over_passes else [])]
     figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights)
-    above = parts[0].subplots(1, max(1, len(regimes)), squeeze=False)[0]
-    below = parts[1].subplots(1, max(1, len(regimes)), squeeze=False)[0]
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    above: Any = parts[0].subplots(1, max(1, len(regimes)), squeeze=False)[0]
+    below: Any = parts[1].subplots(1, max(1, len(regimes)), squeeze=False)[0]
     for column, regime in enumerate(regimes):
         draw_curves(above[column], study, [c for c in cells if c["regime"] == regime])
         above[column].set_title(regime, fontsize=10)
