@@ -10,6 +10,7 @@ from torch import nn
 
 from codistill.distributed import layers
 
+_MOST_VARIANTS = 128
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
 
@@ -28,6 +29,10 @@ def compile_layers(model: nn.Module) -> None:
     Layers that are alike share what was compiled, also those of other models in the process, so a deep model costs no
     more than a shallow one.
     """
+    # All layers are one function to the compiler, which gives up on a function after eight variants. Three widths of a
+    # ModernBERT, whose first, local and global layers differ, are nine.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
     for layer in layers(model):
         layer.compile(dynamic=False)
 
