@@ -21,6 +21,8 @@ from codistill.study.figure import draw
 from codistill.study.page import study_blocks
 from codistill.study.scales import Scale
 
+_BEGIN, _END = "<!-- the table, generated -->", "<!-- end of the table -->"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -40,7 +42,8 @@ def run_study(
     request: Request, *, data: Path | None, jobs: int | None = None, devices: Sequence[str] = ("cpu",),
     advance: Advance = silent,
 ) -> dict[str, Any]:  # fmt: skip
-    """Trains what is missing and writes OUT/results.json, table.md and figure.png; returns the contents of the first.
+    """Trains what is missing and writes OUT/results.json, table.md, figure.png, and the table into OUT/README.md where
+    that marks its place; returns the contents of the first.
 
     `data`: a folder with text/*/train*.parquet and validation.parquet, and blimp/; not needed when nothing is missing.
     """
@@ -96,11 +99,21 @@ def tabulate(request: Request) -> dict[str, Any]:
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         write_file(request.out / "results.json", json.dumps(found, indent=1) + "\n")
-        write_file(request.out / "table.md", to_markdown(study_blocks(found)))
+        write_file(request.out / "table.md", table := to_markdown(study_blocks(found)))
+        _put_into_page(request.out / "README.md", table)
         draw(request.study, found, cells, request.out / "figure.png")
     except OSError as error:
         raise machine_error(error, request.out) from error
     return found
+
+
+def _put_into_page(page: Path, table: str) -> None:
+    """Replaces what stands between the two marks of a study's page, if somebody has written one with them."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        write_file(page, f"{before}{begin}\n\n{table}\n{end}{after}")
 
 
 def summary(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:

@@ -1,0 +1,53 @@
+"""The repository's studies: their tables are what their cells say, and their pages say no more than is shown."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from codistill.study.grids import STUDIES
+from codistill.study.run import Request, known_cells, tabulate
+from codistill.study.scales import SCALES
+
+FOLDERS = sorted(folder for folder in (Path(__file__).parents[1] / "studies").glob("*") if (folder / "cells").is_dir())
+
+
+def request_of(folder: Path) -> Request:
+    results = json.loads((folder / "results.json").read_text())
+    study, scale = STUDIES[results["study"]], SCALES[results["scale"]]
+    seeds = results["arms"] // len(study.arms(scale, 0))
+    return Request(study, scale, seeds, folder)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_committed_table_is_made_from_the_committed_cells(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / folder.name)
+    made = {name: (copy / name).read_text() for name in ("results.json", "table.md", "README.md")}
+    for name in ("results.json", "table.md"):
+        (copy / name).unlink()
+    tabulate(Request(*[getattr(request_of(folder), name) for name in ("study", "scale", "seeds")], copy))
+    assert {name: (copy / name).read_text() for name in made} == made
+    assert made["table.md"] in made["README.md"]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_committed_cell_belongs_to_the_study(folder):
+    held = {file.stem for file in (folder / "cells").glob("*.json")}
+    assert {cell["key"] for cell in known_cells(request_of(folder))} == held
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_page_has_a_question_an_answer_a_machine_and_its_figure(folder):
+    page = (folder / "README.md").read_text()
+    for part in ("## Question", "## Answer", "## Machine", "![", "codistill study"):
+        assert part in page
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page):
+        assert (folder / picture).is_file()
+
+
+def test_no_committed_cell_names_a_place_on_somebodys_disk():
+    for folder in FOLDERS:
+        for file in (folder / "cells").glob("*.json"):
+            assert not re.search(r"/(work|home|root|tmp|Users)/", file.read_text())
