@@ -21,21 +21,23 @@ def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict
     the study has, of all seeds; those without a cell are not trained yet."""
     regimes = list(dict.fromkeys(cell["regime"] for cell in cells))
     done = [cell for cell in cells if not cell["failed"]]
-    return {
-        "study": study.name,
-        "question": study.question,
-        "scale": scale,
-        "arms": arms,
-        "missing": arms - len(cells),
-        "regimes": {regime: _regime(study, [c for c in cells if c["regime"] == regime]) for regime in regimes},
-        "failed": [
-            {name: cell[name] for name in ("arm", "regime", "seed", "failed")} for cell in cells if cell["failed"]
-        ],
-        "text": done[0]["text"] if done else None,
-        "machines": _distinct({**c["machine"], "precision": c["precision"]} for c in done),
-        "versions": _distinct(cell["versions"] for cell in done),
-        "dates": sorted({cell["date"] for cell in done}),
-    }
+    return _rounded(
+        {
+            "study": study.name,
+            "question": study.question,
+            "scale": scale,
+            "arms": arms,
+            "missing": arms - len(cells),
+            "regimes": {regime: _regime(study, [c for c in cells if c["regime"] == regime]) for regime in regimes},
+            "failed": [
+                {name: cell[name] for name in ("arm", "regime", "seed", "failed")} for cell in cells if cell["failed"]
+            ],
+            "text": done[0]["text"] if done else None,
+            "machines": _distinct({**c["machine"], "precision": c["precision"]} for c in done),
+            "versions": _distinct(cell["versions"] for cell in done),
+            "dates": sorted({cell["date"] for cell in done}),
+        }
+    )
 
 
 def _regime(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -168,3 +170,12 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
         if value not in found:
             found.append(value)
     return found
+
+
+def _rounded(value: Any) -> Any:
+    """To ten decimals: mathematical libraries differ in the last digits, and a table should not."""
+    if isinstance(value, Mapping):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(one) for one in value]
+    return round(value, 10) if isinstance(value, float) else value
