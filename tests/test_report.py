@@ -156,6 +156,11 @@ def test_what_is_no_result_is_one_line(folders, tmp_path):
         write_report([tmp_path], tmp_path / "report.html")
     with pytest.raises(UserError, match="a study 'toy' at 'toy', which this version does not have"):
         write_report([folders["study"]], tmp_path / "report.html")
+    for number, wrong in enumerate(("[]", '{"study": "ctcd"}', '{"members": {}}', "{}", '{"comparisons": null}')):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "results.json").write_text(wrong)
+        with pytest.raises(UserError, match=r"results\.json"):
+            write_report([tmp_path / str(number)], tmp_path / "report.html")
     with pytest.raises(UserError, match=r"the page is HTML; give a name that ends in \.html"):
         write_report([folders["run"]], tmp_path / "report.pdf")
 

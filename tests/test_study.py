@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from scipy import stats
 from codistill.cli import main
 from codistill.config import Data
 from codistill.errors import MachineError, UserError
+from codistill.files import locked
 from codistill.loading import load, to_dict
 from codistill.study.analysis import analysis, contrast
 from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
@@ -23,7 +25,7 @@ from codistill.study.cells import Cells
 from codistill.study.design import Contrast, edge, frozen, settings
 from codistill.study.execute import Means, Stopped, execute
 from codistill.study.grids import STUDIES
-from codistill.study.run import run_study, tabulate
+from codistill.study.run import check_out, run_study, tabulate
 from codistill.study.scales import SCALES
 from codistill.train import train
 from studies import SCALE, SIZE, STUDY, arms, data_folder, request
@@ -102,9 +104,9 @@ def test_the_table_is_a_function_of_the_cells(finished):
     assert "On the plateau: alone/large, seed 0" in made["table.md"].decode()
 
 
-def test_another_studys_cell_of_the_same_content_is_used(finished):
+def test_another_studys_cell_of_the_same_content_is_used(finished, data):
     beside = request(finished.parent / "beside", replace(STUDY, name="another"))
-    found = run_study(beside, data=None)
+    found = run_study(beside, data=data)
     assert found["missing"] == 0
     assert {file.name for file in (beside.out / "cells").iterdir()} == {
         file.name for file in (finished / "cells").iterdir()
@@ -247,7 +249,7 @@ PRETENDER = textwrap.dedent("""
     with open(pathlib.Path(__file__).with_suffix(".calls"), "a") as calls:
         calls.write(" ".join(request["members"]) + "\\n")
     if "bad--" in run:
-        print("a warning", file=sys.stderr); print("large: its loss was not finite", file=sys.stderr); sys.exit(2)
+        print("a warning", file=sys.stderr); print("large: its loss was not finite", file=sys.stderr); sys.exit(3)
     if "slow--" in run:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)
     if "full--" in run:
@@ -289,6 +291,13 @@ def test_an_arm_that_fails_leaves_the_others_of_its_cohort(means, tmp_path):
     assert found["bad"]["failed"] == "large: its loss was not finite"
     assert [name for name, cell in found.items() if cell["failed"]] == ["bad"]
     assert found["bad"]["members"] == {}
+
+
+def test_what_is_wrong_with_the_text_is_no_result(means, tmp_path):
+    (tmp_path / "worker.py").write_text("import sys; print('data.train: too short', file=sys.stderr); sys.exit(2)")
+    with pytest.raises(UserError, match=r"data\.train: too short"):
+        execute(renamed(), tmp_path / "out", means)
+    assert list((tmp_path / "out").glob("cells/*.json")) == []
 
 
 def test_a_student_whose_teacher_failed_is_empty_and_says_so(means, tmp_path):
@@ -348,8 +357,10 @@ def test_stopped_is_what_a_worker_that_was_stopped_means(means, tmp_path):
         (["ctdc"], "there is no study 'ctdc' (did you mean ctcd?); the studies are dwt-teacher-quality,"),
         (["ctcd", "--scale", "large"], "there is no scale 'large'"),
         (["ctcd", "--seeds", "0"], "--seeds 0: at least one is needed"),
+        (["ctcd", "--jobs", "-1"], "--jobs -1: at least one is needed"),
+        (["ctcd", "--device", "foo"], "foo"),
         (["causal", "--seeds", "1"], "some of its arms are not trained yet, which needs text; give a folder with"),
-        (["causal", "--seeds", "1", "--data", "nowhere"], "--data nowhere: there is no text/*/train*.parquet"),
+        (["causal", "--seeds", "1", "--data", "nowhere"], "nowhere: there is no text/*/train*.parquet"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
@@ -367,6 +378,31 @@ def test_a_folder_of_something_else_is_left_alone(finished, tmp_path):
         run_study(request(finished, replace(STUDY, name="other")), data=None)
 
 
+def test_a_study_that_was_killed_before_its_first_cell_goes_on(tmp_path):
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    (tmp_path / "out" / ".lock").touch()
+    check_out(request(tmp_path / "out"))
+
+
+def test_two_studies_in_one_folder_are_refused(data, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (
+        locked(tmp_path / "out" / ".lock"),
+        pytest.raises(UserError, match="another `codistill study` is at work there"),
+    ):
+        run_study(request(tmp_path / "out"), data=data)
+
+
+def test_cells_of_other_text_are_refused_before_anything_is_trained(finished, text, tmp_path):
+    out = tmp_path / "toy"
+    shutil.copytree(finished / "cells", out / "cells")
+    next((out / "cells").glob("*.json")).unlink()
+    (tmp_path / "other.txt").write_text(text.read_text()[:9000])
+    with pytest.raises(UserError, match=r"the cells of .* and --data are of different text|the cells of --data and"):
+        run_study(request(out), data=data_folder(tmp_path / "data", tmp_path / "other.txt"))
+    assert not (out / "work").exists()
+
+
 def test_a_cell_of_another_version_or_text_is_refused(tmp_path):
     every, cells = arms(SCALE, 0), Cells(tmp_path / "out")
     for number, arm in enumerate(every):
@@ -376,5 +412,5 @@ def test_a_cell_of_another_version_or_text_is_refused(tmp_path):
         tabulate(request(tmp_path / "out"))
     file = tmp_path / "out" / "cells" / f"{key}.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 0}))
-    with pytest.raises(UserError, match=r"a cell of format 0, wanted 1; it is of another version of codistill"):
+    with pytest.raises(UserError, match=r"it is no cell of format 1, but of another version of codistill"):
         tabulate(request(tmp_path / "out"))

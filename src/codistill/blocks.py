@@ -73,7 +73,8 @@ def _markdown(block: Block) -> str:
             return f"**{text}**" if important else text
         case Table(head, rows):
             aligned = ["---" if _is_words(block, column) else "---:" for column in range(len(head))]
-            return "\n".join(f"| {' | '.join(line)} |" for line in [head, aligned, *rows])
+            lines = [head, aligned, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+            return "\n".join(f"| {' | '.join(line)} |" for line in lines)
         case Picture(name, _, caption):
             return f"![{caption}]({name})"
         case Listing(summary, text):

@@ -54,6 +54,22 @@ def write_file(file: Path, text: str) -> None:
     _flush(file.parent)
 
 
+@contextmanager
+def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """Inside, no other process is inside with the same `file`; raises BlockingIOError where one is and `wait` is off.
+
+    Where the system has no such locks, nothing is locked. The lock goes with the process.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with file.open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
 def machine_error(error: OSError | SafetensorError, place: Path) -> MachineError:
     """One line for a failure of the disk, with the remedy."""
     # safetensors tells what the system said in words only.

@@ -37,15 +37,17 @@ def study(
     from codistill.study.run import Request
     from codistill.study.scales import SCALES
 
-    if seeds is not None and seeds < 1:
-        raise UserError(f"--seeds {seeds}: at least one is needed")
+    for option, value in (("--seeds", seeds), ("--jobs", jobs)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: at least one is needed")
     wanted = STUDIES[_known(name, STUDIES, "study", "studies")]
     size = SCALES[_known(scale, SCALES, "scale", "scales")]
     request = Request(wanted, size, seeds or wanted.seeds, out)
     with shown("planning", 1):
         from codistill.study.plan import plan_lines
-        from codistill.study.run import devices
+        from codistill.study.run import check_out, devices
 
+        check_out(request)
         lines = plan_lines(request, jobs, devices(device))
     console.print("\n".join(lines), markup=False)
     if not plan:

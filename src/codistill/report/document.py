@@ -1,6 +1,7 @@
 """Several folders as one page: HTML that needs nothing else, and the same as Markdown."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from codistill.blocks import Block, Heading, Picture, to_html, to_markdown
@@ -14,7 +15,9 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
     if out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
     title = "Codistill: what came out"
-    blocks: list[Block] = [Heading(title, 1), *(block for folder in folders for block in section(folder))]
+    blocks: list[Block] = [Heading(title, 1)]
+    for number, folder in enumerate(folders, start=1):
+        blocks += [_numbered(block, number) for block in section(folder)]
     markdown = out.with_suffix(".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -26,3 +29,8 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
     except OSError as error:
         raise machine_error(error, out) from error
     return out, markdown
+
+
+def _numbered(block: Block, number: int) -> Block:
+    """A picture whose file no other folder of the same name writes."""
+    return replace(block, name=f"{number}-{block.name}") if isinstance(block, Picture) else block

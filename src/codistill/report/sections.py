@@ -20,17 +20,16 @@ def section(folder: Path) -> list[Block]:
     """The blocks of one folder; UserError where it is none of the three."""
     try:
         results = read_results(folder)
-    except (OSError, ValueError):
+        assert isinstance(results, dict)
+    except (OSError, ValueError, AssertionError):
         raise UserError(
             f"{folder}: no results.json that can be read; give folders of finished runs, studies or evaluations"
         ) from None
-    if (folder / "run.yaml").is_file():
-        return _run(folder, results)
-    if results.get("study"):
-        return _study(folder, results)
-    if "comparisons" in results:
-        return _evaluation(folder, results)
-    raise UserError(f"{folder}: it holds no run, study or evaluation of this version")
+    of = _run if (folder / "run.yaml").is_file() else _study if "study" in results else _evaluation
+    try:
+        return of(folder, results)
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{folder}: its results.json is no run's, study's or evaluation's of this version") from None
 
 
 # ---- a run ---------------------------------------------------------------------------------------
@@ -72,10 +71,14 @@ def _study(folder: Path, results: Mapping[str, Any]) -> list[Block]:
     name = results["study"]
     if name not in STUDIES or results["scale"] not in SCALES:
         raise UserError(f"{folder}: a study {name!r} at {results['scale']!r}, which this version does not have")
-    rows = [row for of in results["regimes"].values() for row in of["rows"].values()]
-    seeds = 1 + max((seed for row in rows for seed in row["seeds"]), default=0)
-    request = Request(STUDIES[name], SCALES[results["scale"]], seeds, folder)
+    study, scale = STUDIES[name], SCALES[results["scale"]]
+    seeds = results["arms"] // len(study.arms(scale, 0))
+    request = Request(study, scale, seeds, folder)
     cells = known_cells(request)
+    if not cells:
+        raise UserError(
+            f"{folder}: none of its cells is one of the study {name!r} as it is here; it is of another version"
+        )
     found = summary(request, cells)
     first = [arm for arm in request.arms if arm.seed == 0]
     return [

@@ -29,9 +29,7 @@ def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict
             "arms": arms,
             "missing": arms - len(cells),
             "regimes": {regime: _regime(study, [c for c in cells if c["regime"] == regime]) for regime in regimes},
-            "failed": [
-                {name: cell[name] for name in ("arm", "regime", "seed", "failed")} for cell in cells if cell["failed"]
-            ],
+            "failed": _failures(cells),
             "text": done[0]["text"] if done else None,
             "machines": _distinct({**c["machine"], "precision": c["precision"]} for c in done),
             "versions": _distinct(cell["versions"] for cell in done),
@@ -51,7 +49,7 @@ def _regime(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
         "rows": {name: _row(of) for name, of in by.items()},
         "contrasts": [found for c in study.contrasts if (found := contrast(c, by)) is not None],
         "along": _along(study, by) if study.along else [],
-        "on_the_plateau": _on_the_plateau(study, by, done),
+        "on_the_plateau": _on_the_plateau(study, by),
     }
 
 
@@ -60,8 +58,9 @@ def _by_member(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, Any]]]:
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in cells:
         for role, member in cell["members"].items():
-            both = {"agreement": cell["agreement"]} if len(cell["members"]) == 2 else {}
-            found.setdefault(f"{cell['arm']}/{role}", {})[cell["seed"]] = member | both
+            more = {"unigram_loss": cell["unigram_loss"]}
+            more |= {"agreement": cell["agreement"]} if len(cell["members"]) == 2 else {}
+            found.setdefault(f"{cell['arm']}/{role}", {})[cell["seed"]] = member | more
     return found
 
 
@@ -147,15 +146,27 @@ def _verdict(values: Sequence[float], interval: tuple[float, float] | None) -> s
     return "lower" if high < 0 else "higher" if low > 0 else "not shown"
 
 
-def _on_the_plateau(study: Study, by: Mapping[str, Mapping[int, Any]], done: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Stand-alone models that ended less than `BELOW_UNIGRAM` below the unigram loss."""
-    unigram = {cell["seed"]: cell["unigram_loss"] for cell in done}
+def _on_the_plateau(study: Study, by: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
+    """Stand-alone models that ended less than `BELOW_UNIGRAM` below the unigram loss of what they were scored on."""
     found = []
     for name in study.alone:
         for seed, member in sorted(by.get(name, {}).items()):
-            below = unigram[seed] - member["loss"]
+            below = member["unigram_loss"] - member["loss"]
             if below < BELOW_UNIGRAM:
                 found.append({"member": name, "seed": seed, "below": below})
+    return found
+
+
+def _failures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Arms that failed, and members whose BLiMP did, with the reasons."""
+    found = []
+    for cell in cells:
+        place = {name: cell[name] for name in ("arm", "regime", "seed")}
+        if cell["failed"]:
+            found.append(place | {"failed": cell["failed"]})
+        for role, member in cell["members"].items():
+            if member["blimp"] is not None and "failed" in member["blimp"]:
+                found.append(place | {"failed": f"BLiMP of {role}: {member['blimp']['failed']}"})
     return found
 
 

@@ -151,11 +151,16 @@ def _cut(arms: Sequence[Arm], most: int) -> Iterator[list[Arm]]:
     yield group
 
 
-def merged(arms: Sequence[Arm], data: Data, folder_of: Mapping[tuple[str, str], str]) -> Run:
-    """One run of all `arms`, whose frames are alike, with the text of `data`. Members are named by `member_names`, and
-    seeded by their role. `folder_of`: (arm, role) → model folder.
+def merged(
+    arms: Sequence[Arm],
+    data: Data,
+    folder_of: Mapping[tuple[str, str], str],
+    names: Mapping[tuple[str, str], str] | None = None,
+) -> Run:
+    """One run of all `arms`, whose frames are alike, with the text of `data`. Members are seeded by their role.
+    `folder_of`: (arm, role) → model folder. `names`: their `member_names`, if they are of a larger group.
     """
-    names = member_names(arms)
+    names = names or member_names(arms)
     members: dict[str, MemberConfig] = {}
     edges: dict[str, DistillationConfig] = {}
     for arm in arms:
@@ -187,9 +192,9 @@ def member_names(arms: Sequence[Arm]) -> dict[tuple[str, str], str]:
     return found
 
 
-def trained_names(arms: Sequence[Arm]) -> list[str]:
-    """The members that a cohort of all `arms` trains."""
-    names = member_names(arms)
+def trained_names(arms: Sequence[Arm], names: Mapping[tuple[str, str], str] | None = None) -> list[str]:
+    """The members that a cohort of all `arms` trains; `names` as of `merged`."""
+    names = names or member_names(arms)
     return list(dict.fromkeys(names[arm.name, role] for arm in arms for role in arm.run.trained))
 
 

@@ -5,8 +5,7 @@ OUT/models/KEY/ROLE   the models that other arms learn from or start from
 """
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ Cell = dict[str, Any]
 
 
 class Cells:
-    """The cells of an output folder. Those of folders beside it are used too, and copied."""
+    """The cells of an output folder."""
 
     def __init__(self, out: Path):
         self.out, self.folder = out, out / "cells"
 
     def get(self, key: str) -> Cell | None:
         """What is known under `key`; None if nothing."""
-        return self._read(self.folder / f"{key}.json") or self._neighbours(key)
+        return _read(self.folder / f"{key}.json")
 
     def put(self, key: str, cell: Mapping[str, Any]) -> None:
         """Keeps a cell; raises MachineError when the disk fails."""
@@ -36,37 +35,41 @@ class Cells:
         except OSError as error:
             raise machine_error(error, file) from error
 
-    def model(self, key: str, role: str) -> Path | None:
-        """The folder of a finished arm's model; None where it was not kept."""
-        for place in [self.out, *self._beside()]:
-            folder = place / "models" / key / role
-            if (folder / "config.json").is_file():
-                return folder
-        return None
+    def adopt(self, keys: Iterable[str], text: Mapping[str, str]) -> None:
+        """Copies the finished cells of these keys and of the same text from the studies beside this one."""
+        for key in keys:
+            found = (_read(place / "cells" / f"{key}.json") for place in self._beside())
+            alike = next((c for c in found if c is not None and not c["failed"] and c["text"] == text), None)
+            if self.get(key) is None and alike is not None:
+                self.put(key, alike)
 
-    def _neighbours(self, key: str) -> Cell | None:
-        for place in self._beside():
-            cell = self._read(place / "cells" / f"{key}.json")
-            if cell is not None and not cell["failed"]:
-                self.put(key, cell)
-                return cell
+    def model(self, key: str, role: str) -> Path | None:
+        """The folder of a finished arm's model, here or beside; None where it was not kept."""
+        own = self.get(key)
+        if own is None or own["failed"]:
+            return None
+        for place in [self.out.resolve(), *self._beside()]:
+            folder, cell = place / "models" / key / role, _read(place / "cells" / f"{key}.json")
+            if (folder / "config.json").is_file() and cell is not None and cell.get("text") == own["text"]:
+                return folder
         return None
 
     def _beside(self) -> list[Path]:
         folders = sorted(self.out.resolve().parent.glob("*/cells"))
         return [folder.parent for folder in folders if folder.parent != self.out.resolve()]
 
-    def _read(self, file: Path) -> Cell | None:
-        try:
-            cell = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        if cell.get("format") != FORMAT:
-            raise UserError(
-                f"{file}: a cell of format {cell.get('format')!r}, wanted {FORMAT}; it is of another version of "
-                "codistill: give another --out, or remove it"
-            )
-        return cell
+
+def _read(file: Path) -> Cell | None:
+    try:
+        cell = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(cell, dict) or cell.get("format") != FORMAT:
+        raise UserError(
+            f"{file}: it is no cell of format {FORMAT}, but of another version of codistill; give another --out, or "
+            "remove it"
+        )
+    return cell
 
 
 def check_same_text(cells: Sequence[Cell]) -> None:
@@ -81,8 +84,3 @@ def check_same_text(cells: Sequence[Cell]) -> None:
             f"the cells of {names} are of different text, so they cannot be compared; give the text of the first "
             "with --data, or another --out"
         )
-
-
-def say(line: str) -> None:
-    """A line on standard error."""
-    print(line, file=sys.stderr, flush=True)

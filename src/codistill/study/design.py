@@ -69,7 +69,7 @@ class Setting:
 
     def teacher(self, name: str, model: ModelConfig, steps: int | None = None) -> Arm:
         """An arm that trains the model of a frozen teacher, as its role `teacher`."""
-        steps = steps or self.size.steps
+        steps = steps or self.size.teacher_steps or self.size.steps
         return self.arm(name, {"teacher": self.learner(model)}, steps=steps, seed=self.seed + _TEACHER_SEED)
 
     def learner(self, model: ModelConfig, **changes: Any) -> MemberConfig:

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Data
-from codistill.errors import MachineError
+from codistill.errors import MachineError, UserError
 from codistill.files import machine_error, remove_folder, write_file
 from codistill.loading import to_yaml
 from codistill.metrics import read_metrics
 from codistill.progress import Advance, silent
 from codistill.study.arms import Arm, grouped, keys_of, member_names, merged, trained_names
-from codistill.study.cells import Cells
+from codistill.study.cells import Cell, Cells
 from codistill.study.harvest import failed_cell, harvest
 
-_STOPPED = 75
+_STOPPED, _NOT_FINITE, _AS_ASKED = 75, 3, 2  # as the worker ends
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -48,9 +48,10 @@ class Means:
 
 @dataclass
 class _Work:
-    """A cohort that waits or is under way."""
+    """A cohort that waits or is under way: those `arms` of a `group` that are not known yet."""
 
     arms: list[Arm]
+    group: list[Arm]
     process: subprocess.Popen | None = None
     device: str = "cpu"
     folder: Path = field(default_factory=Path)
@@ -60,20 +61,37 @@ class _Work:
         return len(trained_names(self.arms)) * self.arms[0].run.steps
 
 
-def missing(arms: Sequence[Arm], cells: Cells) -> list[Arm]:
-    """The arms without a cell, and those whose models they need but nobody has kept."""
+def is_whole(cell: Cell | None, blimp: bool) -> bool:
+    """Whether a cell says all that is wanted of it; one that failed does."""
+    if cell is None:
+        return False
+    return not blimp or all(m["blimp"] is not None and "failed" not in m["blimp"] for m in cell["members"].values())
+
+
+def missing(arms: Sequence[Arm], cells: Cells, blimp: bool = False) -> list[Arm]:
+    """The arms without a whole cell, and those whose models they need but nobody has kept."""
     keys, by_place = keys_of(arms), {arm.place: arm for arm in arms}
-    wanted = {arm.place for arm in arms if cells.get(keys[arm.place]) is None}
+    wanted = {arm.place for arm in arms if not is_whole(cells.get(keys[arm.place]), blimp)}
     stack = list(wanted)
     while stack:
         arm = by_place[stack.pop()]
-        for name, role in [*arm.taught_by.values(), *arm.begun_from.values()]:
+        for name, role in needed_models(arm):
             place = (arm.regime, name, arm.seed)
             cell = cells.get(keys[place])
             if place not in wanted and not (cell and cell["failed"]) and cells.model(keys[place], role) is None:
                 wanted.add(place)
                 stack.append(place)
     return [arm for arm in arms if arm.place in wanted]
+
+
+def needed_models(arm: Arm) -> list[tuple[str, str]]:
+    """(arm, role) of the models that `arm` learns from or starts from."""
+    return [*arm.taught_by.values(), *arm.begun_from.values()]
+
+
+def cores() -> int:
+    """How many of the machine's cores are this process's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def execute(arms: Sequence[Arm], out: Path, means: Means, advance: Advance = silent) -> None:
@@ -85,16 +103,17 @@ class _Execution:
     def __init__(self, arms: Sequence[Arm], out: Path, means: Means, advance: Advance):
         self.arms, self.out, self.means, self.advance = arms, out, means, advance
         self.cells, self.keys = Cells(out), keys_of(arms)
-        todo = {arm.place for arm in missing(arms, self.cells)}
-        groups = ([a for a in group if a.place in todo] for group in grouped(arms, means.most_members))
-        self.waiting = [_Work(group) for group in groups if group]
+        todo = {arm.place for arm in missing(arms, self.cells, means.blimp is not None)}
+        groups = grouped(arms, means.most_members)
+        left = [_Work([arm for arm in group if arm.place in todo], list(group)) for group in groups]
+        self.waiting = [work for work in left if work.arms]
         self.running: list[_Work] = []
         self.total = sum(work.units for work in self.waiting)
         self.finished = 0
         self.kept = {
             (place, role)
             for arm in arms
-            for name, role in [*arm.taught_by.values(), *arm.begun_from.values()]
+            for name, role in needed_models(arm)
             for place in [(arm.regime, name, arm.seed)]
         }
 
@@ -105,6 +124,8 @@ class _Execution:
                     if asked_to_stop():
                         raise Stopped
                     self._start()
+                    if self.waiting and not self.running:
+                        raise MachineError(f"{self.out}: a model that is needed has vanished; start the study again")
                     time.sleep(_SECONDS_BETWEEN_LOOKS)
                     for work in [work for work in self.running if work.process and work.process.poll() is not None]:
                         self.running.remove(work)
@@ -129,7 +150,7 @@ class _Execution:
     def _readiness(self, work: _Work) -> str:
         """Whether all that the arms of `work` need is there; arms whose teacher failed fail here."""
         for arm in list(work.arms):
-            for name, role in [*arm.taught_by.values(), *arm.begun_from.values()]:
+            for name, role in needed_models(arm):
                 key = self.keys[arm.regime, name, arm.seed]
                 cell = self.cells.get(key)
                 if cell is not None and cell["failed"]:
@@ -149,23 +170,23 @@ class _Execution:
         folder_of = {
             of: str(self.cells.model(self.keys[arm.regime, of[0], arm.seed], of[1]))
             for arm in work.arms
-            for of in [*arm.taught_by.values(), *arm.begun_from.values()]
+            for of in needed_models(arm)
         }
-        name = _name(self.keys[arm.place] for arm in work.arms)
+        name = _name(self.keys[arm.place] for arm in work.group)
         work.folder = self.out / "work" / name
         work.folder.parent.mkdir(parents=True, exist_ok=True)
         request_file, run_file = work.folder.with_suffix(".json"), work.folder.with_suffix(".yaml")
-        names = member_names(work.arms)
+        names = member_names(work.group)
         request = {
             "run": str(run_file),
             "out": str(work.folder),
             "data": None if self.means.blimp is None else str(self.means.blimp),
             "pairs": self.means.pairs,
             "device": work.device,
-            "members": trained_names(work.arms),
+            "members": trained_names(work.arms, names),
             "peers": {a.name: [names[a.name, r] for r in a.run.trained] for a in work.arms if len(a.run.trained) == 2},
         }
-        write_file(run_file, to_yaml(merged(work.arms, self.means.data, folder_of)))
+        write_file(run_file, to_yaml(merged(work.arms, self.means.data, folder_of, names)))
         write_file(request_file, json.dumps(request))
         with work.folder.with_suffix(".log").open("ab") as log:
             command = [*self.means.worker, str(request_file)]
@@ -175,7 +196,7 @@ class _Execution:
 
     def _environment(self) -> dict[str, str]:
         """One thread for each core that a process can have to itself: more would wait for one another."""
-        threads = str(max(1, (os.cpu_count() or 1) // self.means.jobs))
+        threads = str(max(1, cores() // self.means.jobs))
         return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads), "PYTHONUNBUFFERED": "1"}
 
     def _end(self, work: _Work) -> None:
@@ -184,17 +205,19 @@ class _Execution:
             for arm in work.arms:
                 key = self.keys[arm.place]
                 kept = {role for place, role in self.kept if place == arm.place}
-                names = {role: member_names(work.arms)[arm.name, role] for role in arm.run.trained}
+                names = {role: member_names(work.group)[arm.name, role] for role in arm.run.trained}
                 self.cells.put(key, harvest(arm, key, names, work.folder, self.out / "models" / key, kept))
             self.finished += work.units
             self._clear(work)
         elif status == _STOPPED:
             raise Stopped
-        elif status != 2:
+        elif status == _AS_ASKED:
+            raise UserError(_reason(work, status))
+        elif status != _NOT_FINITE:
             raise MachineError(f"{', '.join(arm.name for arm in work.arms)}: {_reason(work, status)}")
         elif len(work.arms) > 1:  # each for itself, so that only the one at fault fails
             self._clear(work)
-            self.waiting += [_Work([arm]) for arm in work.arms]
+            self.waiting += [_Work([arm], [arm]) for arm in work.arms]
         else:
             self._fail(work, work.arms[0], _reason(work, status))
             self.finished += work.units
@@ -207,7 +230,7 @@ class _Execution:
 
     def _clear(self, work: _Work) -> None:
         remove_folder(work.folder)
-        for suffix in (".yaml", ".json", ".log"):
+        for suffix in (".yaml", ".json", ".log", ".lock"):
             work.folder.with_suffix(suffix).unlink(missing_ok=True)
 
     def _show(self) -> None:

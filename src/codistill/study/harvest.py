@@ -59,8 +59,9 @@ def _member(arm: Arm, role: str, name: str, folder: Path, results: Mapping[str, 
 
 def _curve(folder: Path, name: str, tokens_per_step: float) -> list[tuple[int, float]]:
     """(tokens, held-out loss) along training."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    return [(round(x["step"] * tokens_per_step), x["held_out"][name]["loss"]) for x in lines if "held_out" in x]
+    lines = (line for line in read_metrics(folder / "metrics.jsonl") if "held_out" in line)
+    points = {round(line["step"] * tokens_per_step): line["held_out"][name]["loss"] for line in lines}
+    return sorted(points.items())
 
 
 def _blimp(folder: Path, name: str) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from codistill.blocks import Block, Heading, Table, Text
+from codistill.study.design import ONE_PASS
 
 
 def study_blocks(found: Mapping[str, Any]) -> list[Block]:
@@ -12,7 +13,7 @@ def study_blocks(found: Mapping[str, Any]) -> list[Block]:
     if found["missing"]:
         blocks.append(Text(f"Not trained yet: {found['missing']} of {found['arms']} arms.", important=True))
     for regime, of in found["regimes"].items():
-        blocks += [Heading(regime, 3), Text(_facts(of)), *_warnings(of), contrasts_table(of), rows_table(of)]
+        blocks += [Heading(regime, 3), Text(_facts(of)), *_warnings(regime, of), contrasts_table(of), rows_table(of)]
         blocks += _along(of)
     if found["failed"]:
         blocks.append(Heading("Failed", 3))
@@ -45,8 +46,10 @@ def _span(values: list[float], style: str) -> str:
     return "no" if not shown else shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
 
 
-def _warnings(of: Mapping[str, Any]) -> list[Block]:
-    return [
+def _warnings(regime: str, of: Mapping[str, Any]) -> list[Block]:
+    more = max(of["passes"], default=0)
+    again: list[Block] = [Text(f"The text is too short for one pass: it was seen {more:.3g} times.", important=True)]
+    return (again if regime == ONE_PASS and more > 1 else []) + [
         Text(
             f"On the plateau: {w['member']}, seed {w['seed']}, ended only {w['below']:.2f} nats below the unigram.",
             important=True,
@@ -94,10 +97,11 @@ def _spread(of: Mapping[str, float | None], digits: int) -> str:
 
 def _along(of: Mapping[str, Any]) -> list[Block]:
     """The contrasts of the loss at points along training, where a study asks for them."""
-    if not of["along"]:
+    lines = [line for line in of["along"] if line["points"]]
+    if not lines:
         return []
-    shares = [f"{point['share']:.0%}" for point in of["along"][0]["points"]]
-    rows = [[line["label"], *(_point(point) for point in line["points"])] for line in of["along"]]
+    shares = [f"{point['share']:.0%}" for point in lines[0]["points"]]
+    rows = [[line["label"], *(_point(point) for point in line["points"])] for line in lines]
     words = Text("Δ loss after so much of the training; * where the 95 % interval excludes 0.")
     return [words, Table(["treated − control", *shares], rows)]
 

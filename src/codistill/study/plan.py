@@ -1,6 +1,5 @@
 """What a study would train, and about how long it takes, before it starts."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ from codistill.config import MemberConfig
 from codistill.plan import duration, plan
 from codistill.study.arms import Arm, grouped, trained_names
 from codistill.study.cells import Cells
-from codistill.study.run import Request, missing_cells
+from codistill.study.run import Request, missing_cells, places
 
 _TO_START = 15.0  # seconds that a process needs before its first step
 
@@ -27,12 +26,12 @@ def plan_lines(request: Request, jobs: int | None, devices: Sequence[str]) -> li
 
 
 def _left(request: Request, left: Sequence[Arm], jobs: int | None, devices: Sequence[str]) -> str:
-    places = {arm.place for arm in left}
+    wanted = {arm.place for arm in left}
     every = grouped(request.arms, request.scale.most_members)
-    groups = [group for group in ([arm for arm in group if arm.place in places] for group in every) if group]
+    groups = [group for group in ([arm for arm in group if arm.place in wanted] for group in every) if group]
     models = sum(len(trained_names(group)) for group in groups)
     flops, seconds, why = _cost(groups, devices[0])
-    jobs = jobs or ((os.cpu_count() or 1) if devices[0] == "cpu" else len(devices))
+    jobs = jobs or places(devices)
     when = why or f"about {duration((seconds + _TO_START * len(groups)) / jobs)}, BLiMP not counted"
     return f"left: {models} models in {len(groups)} cohorts, {flops:.2g} FLOPs; with {jobs} at once {when}"
 

@@ -1,7 +1,6 @@
 """A study from its name to its table: what is known, what is left to do, and the files that come of it."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,17 @@ from typing import Any
 
 from codistill.blocks import to_markdown
 from codistill.config import Data
+from codistill.data.corpus import Corpus
+from codistill.data.prepare import cached
+from codistill.distributed import start
 from codistill.errors import UserError
-from codistill.files import machine_error, write_file
-from codistill.progress import Advance, silent
+from codistill.files import locked, machine_error, write_file
+from codistill.progress import Advance, preparing, silent
 from codistill.study.analysis import analysis
 from codistill.study.arms import Arm, keys_of
 from codistill.study.cells import Cell, Cells, check_same_text
 from codistill.study.design import Study
-from codistill.study.execute import Means, execute, missing
+from codistill.study.execute import Means, cores, execute, is_whole, missing
 from codistill.study.figure import draw
 from codistill.study.page import study_blocks
 from codistill.study.scales import Scale
@@ -49,15 +51,46 @@ def run_study(
     """
     check_out(request)
     arms, cells = request.arms, Cells(request.out)
-    if missing_cells(arms, cells):
-        execute(arms, request.out, means(request, data, jobs, devices), advance)
+    if missing_cells(arms, cells, blimp=_blimp(data) is not None):
+        _train(request, means(request, data, jobs, devices), advance)
     return tabulate(request)
 
 
-def missing_cells(arms: Sequence[Arm], cells: Cells) -> list[Arm]:
-    """What would be trained: nothing where all arms have their cells, whether or not models were kept."""
+def _train(request: Request, given: Means, advance: Advance) -> None:
+    """Everything that is missing. UserError where another study is at work in the folder, or what is there is of other
+    text."""
+    arms, cells = request.arms, Cells(request.out)
+    text = text_of(given.data, arms[0].run.data.tokenizer or "")
+    try:
+        request.out.mkdir(parents=True, exist_ok=True)
+        with locked(request.out / ".lock", wait=False):
+            cells.adopt(keys_of(arms).values(), text)
+            check_same_text([{"arm": "--data", "failed": "", "text": text}, *known_cells(request)])
+            execute(arms, request.out, given, advance)
+    except BlockingIOError:
+        raise UserError(f"--out {request.out}: another `codistill study` is at work there; wait for it") from None
+    except OSError as error:
+        raise machine_error(error, request.out) from error
+
+
+def text_of(data: Data, tokenizer: str) -> dict[str, str]:
+    """What a run records of its text, training and held-out; prepares both if they are not."""
+    train = _prepared(data.train, tokenizer, "data.train")
+    validation = _prepared(data.validation, train.tokenizer(), "data.validation")
+    return {"train": train.manifest["identity"], "validation": validation.manifest["identity"]}
+
+
+def _prepared(sources: list[str], tokenizer: Any, field: str) -> Corpus:
+    with preparing(f"preparing {field}") as progress:
+        return cached(sources, tokenizer, progress=progress)
+
+
+def missing_cells(arms: Sequence[Arm], cells: Cells, *, blimp: bool = False) -> list[Arm]:
+    """What would be trained: nothing where all arms have their cells (with `blimp`: with its scores), whether or not
+    models were kept."""
     keys = keys_of(arms)
-    return missing(arms, cells) if any(cells.get(keys[arm.place]) is None for arm in arms) else []
+    known = all(is_whole(cells.get(keys[arm.place]), blimp) for arm in arms)
+    return [] if known else missing(arms, cells, blimp)
 
 
 def means(request: Request, data: Path | None, jobs: int | None, devices: Sequence[str]) -> Means:
@@ -68,10 +101,18 @@ def means(request: Request, data: Path | None, jobs: int | None, devices: Sequen
             "text/*/train*.parquet and text/*/validation.parquet, as in --data data"
         )
     text = Data(train=_found(data, "train"), validation=_found(data, "validation"))
-    places = (os.cpu_count() or 1) if devices[0] == "cpu" else len(devices)
-    blimp = data if list((data / "blimp").glob("*.parquet")) else None
-    jobs = jobs if jobs is not None else places
-    return Means(text, blimp, request.scale.pairs, jobs, devices, request.scale.most_members)
+    jobs = jobs if jobs is not None else places(devices)
+    return Means(text, _blimp(data), request.scale.pairs, jobs, devices, request.scale.most_members)
+
+
+def places(devices: Sequence[str]) -> int:
+    """How many processes can work at once without waiting for one another."""
+    return cores() if devices[0] == "cpu" else len(devices)
+
+
+def _blimp(data: Path | None) -> Path | None:
+    """The folder, if BLiMP is in it."""
+    return data if data is not None and list((data / "blimp").glob("*.parquet")) else None
 
 
 def devices(wanted: str | None) -> list[str]:
@@ -79,7 +120,7 @@ def devices(wanted: str | None) -> list[str]:
     import torch
 
     if wanted is not None:
-        return [wanted]
+        return [str(start("single", wanted).device)]  # which raises UserError for one that is not there
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
@@ -89,7 +130,7 @@ def _found(data: Path, split: str) -> list[str]:
     folders = [folder for folder in folders if list(folder.glob("train*.parquet"))]
     if not folders:
         raise UserError(f"--data {data}: there is no text/*/{split}*.parquet; give a folder that has some")
-    return [str(folder / f"{split}*.parquet") for folder in folders]
+    return [str(folder.resolve() / f"{split}*.parquet") for folder in folders]
 
 
 def tabulate(request: Request) -> dict[str, Any]:
@@ -134,10 +175,16 @@ def known_cells(request: Request) -> list[Cell]:
 def check_out(request: Request) -> None:
     """UserError when `out` holds something else than a study, or another scale of it."""
     out = request.out
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "cells").is_dir())):
+    begun = {".lock", "work", "models"}  # what a study leaves that was killed before its first cell
+    if out.exists() and (
+        not out.is_dir() or not ((out / "cells").is_dir() or {f.name for f in out.iterdir()} <= begun)
+    ):
         raise UserError(f"--out {out}: it holds something else than a study; give another folder")
     if (out / "results.json").is_file():
-        held = json.loads((out / "results.json").read_text())
+        try:
+            held = dict(json.loads((out / "results.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            raise UserError(f"--out {out}: its results.json cannot be read; remove it, and it is made again") from None
         mine = (request.study.name, request.scale.name)
         if (held.get("study"), held.get("scale")) != mine:
             raise UserError(

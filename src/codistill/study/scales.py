@@ -37,7 +37,7 @@ def rows_of(size: Size) -> int:
 def _often(size: Size, looks: int = 8, sequences: int = 1024) -> Size:
     """`size` with a learning curve of `looks` points, and a checkpoint at each of them."""
     every = max(1, size.steps // looks)
-    checkpoint = Checkpointing(every=every, keep=1)
+    checkpoint = Checkpointing(every=min(every, size.checkpoint.every), keep=1)
     return replace(size, evaluate=Evaluation(every=every, sequences=sequences), checkpoint=checkpoint)
 
 

@@ -6,18 +6,22 @@ says why it failed; statuses are those of the command line.
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from codistill.config import Run
 from codistill.errors import MachineError, UserError
 from codistill.evaluate.run import evaluate
-from codistill.files import write_file
+from codistill.files import locked, write_file
 from codistill.loading import load, read_run
 from codistill.study.harvest import AGREEMENT
 from codistill.train import Stopped, train
+from codistill.watch import NonFiniteError
 
 STOPPED = 75
+NOT_FINITE = 3  # of an arm's own: that is a result, where anything else is the surroundings' fault
 
 
 def work(request: dict[str, Any]) -> None:
@@ -27,9 +31,8 @@ def work(request: dict[str, Any]) -> None:
     trained members, whose judgements are compared. What is finished is not done again.
     """
     out = Path(request["out"])
-    if not (out / "results.json").exists():
-        begun = (out / "run.yaml").is_file()
-        train(load(read_run(Path(request["run"]))), out, resume=begun, device=request["device"])
+    if not _has_all(out, request["members"]):
+        _train(load(read_run(Path(request["run"]))), out, request["device"])
     if request["data"] is not None:
         scores = out / "scores"
         score = partial(evaluate, out=scores, data=request["data"], limit=request["pairs"], device=request["device"])
@@ -42,12 +45,38 @@ def work(request: dict[str, Any]) -> None:
         score([str(out / "members" / member) for member in request["members"]], ["blimp"])
 
 
+def _train(run: Run, out: Path, device: str) -> None:
+    """Goes on with what is there, or starts anew where that is of another configuration, text or version."""
+    if (out / "run.yaml").is_file() and not (out / "results.json").exists():
+        try:
+            train(run, out, resume=True, device=device)
+            return
+        except NonFiniteError:
+            raise
+        except UserError as error:
+            print(f"starting anew: {error}", file=sys.stderr)
+    train(run, out, fresh=(out / "run.yaml").is_file(), device=device)
+
+
+def _has_all(out: Path, members: Sequence[str]) -> bool:
+    """Whether a finished run with all these members is there."""
+    try:
+        return set(members) <= json.loads((out / "results.json").read_text())["members"].keys()
+    except (OSError, ValueError):
+        return False
+
+
 def main() -> None:
     """Entry point of the process."""
+    file = Path(sys.argv[1])
     try:
-        work(json.loads(Path(sys.argv[1]).read_text()))
+        with locked(file.with_suffix(".lock")):  # an orphan of a study that was killed may still be at it
+            work(json.loads(file.read_text()))
     except Stopped:
         sys.exit(STOPPED)
+    except NonFiniteError as error:
+        print(error, file=sys.stderr)
+        sys.exit(NOT_FINITE)
     except (UserError, MachineError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(1 if isinstance(error, MachineError) else 2)

@@ -113,7 +113,7 @@ CTCD = Study(
         Contrast("large: both ways − alone at the pair's FLOPs", "both/large", "longer-large/large"),
         Contrast("small: both ways − alone at the pair's FLOPs", "both/small", "longer-small/small"),
     ],
-    alone=["alone-large/large", "alone-small/small"],
+    alone=["alone-large/large", "alone-small/small", "longer-large/large", "longer-small/small"],
     curves=["alone-large/large", "alone-small/small", "both/large", "both/small"],
     seeds=SEEDS_FOR_A_HEADLINE,
 )

@@ -68,7 +68,6 @@ TEACHER_QUALITY = Study(
         Contrast("same-size teacher − alone", "dwt-same-size/large", ALONE),
         Contrast("label smoothing, weight 1 − alone", "smoothing/large", ALONE),
         Contrast("label smoothing, weight 0.1 − alone", "smoothing-tenth/large", ALONE),
-        Contrast("weak teacher − itself", "dwt-weak/large", "teacher-weak/teacher"),
     ],
     alone=[ALONE],
     curves=[ALONE, "dwt-weak/large", "dwt-very-weak/large", "dwt-extremely-weak/large", "smoothing/large"],
@@ -182,6 +181,14 @@ def _start(start: str, rate: float, is_taught: bool) -> str:
     return ("dwt-" if is_taught else "") + start + ("" if rate == 1 else "-low")
 
 
+def _how(rate: float, is_taught: bool) -> str:
+    return f"{'taught' if is_taught else 'alone'}, {_rate(rate)}"
+
+
+def _rate(rate: float) -> str:
+    return "whole rate" if rate == 1 else "half rate"
+
+
 def _scaled(schedule: Spec, by: float) -> Spec:
     if not isinstance(schedule, dict):
         return schedule * by
@@ -194,17 +201,29 @@ REMAPPING = Study(
     question="Does starting a student from its weak teacher help, with and without distillation?",
     arms=_starts,
     contrasts=[
-        Contrast(
-            f"{start}{' (half rate)' if rate != 1 else ''}{', taught' if is_taught else ''} − random alone",
-            f"{_start(start, rate, is_taught)}/large",
-            ALONE,
-        )
-        for is_taught in (False, True)
-        for start in _STARTS
-        for rate in (1.0, _LOWER)
-        if (start, rate, is_taught) != ("random", 1.0, False)
+        *(
+            Contrast(
+                f"{start} − random, {_how(rate, is_taught)}",
+                f"{_start(start, rate, is_taught)}/large",
+                f"{_start('random', rate, is_taught)}/large",
+            )
+            for rate in (1.0, _LOWER)
+            for is_taught in (False, True)
+            for start in _STARTS
+            if start != "random"
+        ),
+        *(
+            Contrast(
+                f"{start}: taught − not, {_rate(rate)}",
+                f"{_start(start, rate, True)}/large",
+                f"{_start(start, rate, False)}/large",
+            )
+            for rate in (1.0, _LOWER)
+            for start in _STARTS
+        ),
+        Contrast("random: half rate − whole", "random-low/large", ALONE),
     ],
-    alone=[ALONE],
+    alone=[ALONE, "random-low/large"],
     curves=[ALONE, "dwt-weak/large", "repeat-last/large", "dwt-repeat-last/large", "stack/large", "replicate/large"],
 )
 
