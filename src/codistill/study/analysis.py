@@ -122,7 +122,9 @@ def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> l
         for at in range(min((len(curve) for pair in pairs for curve in pair), default=0)):
             share = pairs[0][0][at][0] / pairs[0][0][-1][0]
             points.append({"share": share, "loss": _difference([a[at][1] - b[at][1] for a, b in pairs])})
-        found.append({"label": wanted.label, "points": points})
+        # The last look before the end may be the end, but for a few steps.
+        told = [point for point in points if point["share"] in (points[-1]["share"], min(point["share"], 0.99))]
+        found.append({"label": wanted.label, "points": told})
     return found
 
 

@@ -62,4 +62,5 @@ CAUSAL = Study(
     alone=["alone-large/large", "alone-small/small"],
     curves=["alone-large/large", "dwt-weak/large", "inherit-weak/large", "ctcd/large", "ctcd/small"],
     seeds=SEEDS_FOR_A_HEADLINE,
+    along=True,
 )

@@ -116,6 +116,7 @@ CTCD = Study(
     alone=["alone-large/large", "alone-small/small", "longer-large/large", "longer-small/small"],
     curves=["alone-large/large", "alone-small/small", "both/large", "both/small"],
     seeds=SEEDS_FOR_A_HEADLINE,
+    along=True,
 )
 
 
