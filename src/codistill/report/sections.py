@@ -98,6 +98,9 @@ _SHOWN = (
 )
 
 
+_PLAIN = str.maketrans("", "", "*`")  # marks of Markdown
+
+
 def _answer(folder: Path) -> list[Block]:
     """What the study's own page answers, if somebody has written one."""
     file = folder / "README.md"
@@ -106,7 +109,7 @@ def _answer(folder: Path) -> list[Block]:
     if not heading:
         return []
     paragraphs = after.partition("\n## ")[0].strip().split("\n\n")
-    return [Text(" ".join(part.replace("**", "").split())) for part in paragraphs if part]
+    return [Text(" ".join(part.translate(_PLAIN).split())) for part in paragraphs if part]
 
 
 # ---- an evaluation -------------------------------------------------------------------------------

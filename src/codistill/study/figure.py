@@ -80,7 +80,7 @@ def costs_figure(found: Mapping[str, Any]) -> Any:
 
 
 _COSTS = (
-    ("parameters", "parameters"),
+    ("parameters", "parameters (millions)"),
     ("flops", "training FLOPs, teachers' passes included"),
     ("seconds", "training seconds"),
 )
@@ -90,7 +90,8 @@ def _draw_costs(axes: Any, rows: Mapping[str, Mapping[str, Any]], key: str) -> N
     roles = list(dict.fromkeys(name.rpartition("/")[2] for name in rows))
     for number, role in enumerate(roles):
         own = {name.rpartition("/")[0]: row for name, row in rows.items() if name.rpartition("/")[2] == role}
-        x, y = [row[key] for row in own.values()], [row["loss"]["mean"] for row in own.values()]
+        unit = 1e6 if key == "parameters" else 1
+        x, y = [row[key] / unit for row in own.values()], [row["loss"]["mean"] for row in own.values()]
         error = [row["loss"]["sd"] or 0.0 for row in own.values()]
         colour = COLOURS[number % len(COLOURS)]
         axes.errorbar(x, y, error, fmt="o", color=colour, markersize=4, linewidth=0.8, label=role)
