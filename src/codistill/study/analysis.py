@@ -10,7 +10,7 @@ import numpy as np
 
 from codistill.evaluate.compare import t_interval
 from codistill.study.cells import Cell
-from codistill.study.design import SEEDS_FOR_A_HEADLINE, Contrast, Study
+from codistill.study.design import Contrast, Study
 
 BELOW_UNIGRAM = 1.5  # nats that a stand-alone model must be below the unigram loss: above, it has learned no language
 METRICS = ("loss", "blimp")
@@ -135,7 +135,6 @@ def _difference(values: Sequence[float]) -> dict[str, Any]:
         "mean": float(np.mean(values)) if values else None,
         "interval": interval,
         "verdict": _verdict(values, interval),
-        "headline": len(values) >= SEEDS_FOR_A_HEADLINE,
     }
 
 
