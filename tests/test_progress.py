@@ -4,6 +4,7 @@ import io
 
 from rich.console import Console
 
+from codistill import progress
 from codistill.progress import live, members_table
 
 NUMBERS = {
@@ -42,3 +43,15 @@ def test_a_terminal_shows_the_table_rate_and_time_left():
 
 def test_elsewhere_there_are_plain_lines():
     assert shown(is_terminal=False) == "training: 20 of 20, 0 s left  large 3.250 small 3.500 | 1,234 tokens/s\n"
+
+
+def test_the_time_left_is_that_of_the_pace_and_not_of_what_came_before(monkeypatch):
+    """A hundred seconds of preparation, then a second a step: after 40 of 100 steps a minute is left."""
+    now, console = 0.0, Console(record=True, width=200, file=io.StringIO())
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.shown("training", 100, console) as advance:
+        now = 100.0
+        for step in (20, 40):
+            advance(step, "note")
+            now += 20.0
+    assert console.export_text().splitlines() == ["training: 20 of 100  note", "training: 40 of 100, 60 s left  note"]

@@ -144,16 +144,17 @@ def _lines(what: str, known: int, console: Console) -> Advance:
     def advance(
         done: int, note: str = "", total: int | None = None, *, numbers: Mapping[str, float] | None = None
     ) -> None:
-        nonlocal last, first
+        nonlocal last, first, started
         if not note:
             return
         total = total or known
-        first = done if first is None else first
         now = time.monotonic()
+        if first is None:  # what came before, preparing and resuming, says nothing about the pace
+            first, started = done, now
         if now - last < _SECONDS_BETWEEN_LINES and (done < total or not total):
             return
         last = now
-        left = (total - done) * (now - started) / max(done - first, 1)
-        console.print(f"{what}: {done:,} of {total:,}, {left:.0f} s left  {note}", highlight=False, soft_wrap=True)
+        left = f", {(total - done) * (now - started) / (done - first):.0f} s left" if done > first else ""
+        console.print(f"{what}: {done:,} of {total:,}{left}  {note}", highlight=False, soft_wrap=True)
 
     return advance
