@@ -229,7 +229,19 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
 
 def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
     members = [_member(run, name, predictor) for name, predictor in predictors.items()]
-    edges = [
+    return Cohort(
+        members,
+        edges_of(run),
+        seed=run.seed,
+        precision=getattr(torch, run.precision),
+        skip_non_finite=run.non_finite == "skip",
+        ranks=ranks,
+    )
+
+
+def edges_of(run: Run) -> list[Distillation]:
+    """The edges of `run`, their weights as functions of the step."""
+    return [
         Distillation(
             teacher=edge.teacher,
             student=edge.student,
@@ -242,14 +254,6 @@ def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
         )
         for edge in run.distillation
     ]
-    return Cohort(
-        members,
-        edges,
-        seed=run.seed,
-        precision=getattr(torch, run.precision),
-        skip_non_finite=run.non_finite == "skip",
-        ranks=ranks,
-    )
 
 
 def _member(run: Run, name: str, predictor: Predictor) -> Member:

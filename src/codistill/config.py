@@ -37,6 +37,10 @@ class Objective:
     name: Literal["mlm", "clm"] = "mlm"
     mask_rate: float = limited(0.15, above=0, high=0.9)
 
+    def rows_of(self, length: int) -> int:
+        """How many positions of a row of `length` tokens are predicted."""
+        return length - 1 if self.name == "clm" else round(self.mask_rate * length)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data:

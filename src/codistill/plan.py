@@ -9,9 +9,8 @@ from rich.box import SIMPLE
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from codistill import schedules
-from codistill.build import adamw, resolved_precision
-from codistill.cohort import Cohort, Distillation, Member
+from codistill.build import adamw, edges_of, resolved_precision
+from codistill.cohort import Cohort, Member
 from codistill.config import Run
 from codistill.costs import forward_cost, member_flops
 from codistill.data.tokenizers import load_tokenizer, parse_training_spec, vocabulary_size
@@ -142,14 +141,7 @@ def _made_up(
         predictor = Predictor(_materialised(model, device), vocabulary)
         optimizer = None if run.members[name].frozen else adamw(predictor, 0.0, (0.9, 0.999), 1e-8)
         members.append(Member(name, predictor, optimizer, lr=0.0))
-    edges = [
-        Distillation(
-            e.teacher, e.student, divergence=e.divergence, weight=schedules.build(e.weight, run.steps),
-            temperature=e.temperature, kind=e.kind, layers=e.layers, relation_heads=e.relation_heads,
-        )
-        for e in run.distillation
-    ]  # fmt: skip
-    return Cohort(members, edges, precision=precision)
+    return Cohort(members, edges_of(run), precision=precision)
 
 
 def _materialised(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
@@ -171,9 +163,7 @@ def _batch(run: Run, vocabulary: int) -> Batch:
 
 def _rows(run: Run) -> int:
     """Predicted rows of a step."""
-    length = run.data.length
-    each = length - 1 if run.objective.name == "clm" else round(run.objective.mask_rate * length)
-    return run.batch.sequences * each
+    return run.batch.sequences * run.objective.rows_of(run.data.length)
 
 
 def _vocabulary(run: Run) -> int:

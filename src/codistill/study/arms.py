@@ -46,9 +46,14 @@ class Arm:
         return {role: _parsed(path) for role, path in sources.items() if path.startswith(_OF_ARM)}
 
     @property
+    def sources(self) -> list[tuple[str, str]]:
+        """(arm, role) of the models that it learns from or starts from."""
+        return [*self.taught_by.values(), *self.begun_from.values()]
+
+    @property
     def needs(self) -> set[str]:
         """Arms of the same regime and seed that have to be finished first."""
-        return {arm for arm, _ in [*self.taught_by.values(), *self.begun_from.values()]}
+        return {arm for arm, _ in self.sources}
 
 
 def of_arm(name: str, role: str) -> str:

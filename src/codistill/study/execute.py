@@ -53,7 +53,7 @@ class _Work:
     arms: list[Arm]
     group: list[Arm]
     process: subprocess.Popen | None = None
-    device: str = "cpu"
+    device: str = ""
     folder: Path = field(default_factory=Path)
 
     @property
@@ -75,18 +75,13 @@ def missing(arms: Sequence[Arm], cells: Cells, blimp: bool = False) -> list[Arm]
     stack = list(wanted)
     while stack:
         arm = by_place[stack.pop()]
-        for name, role in needed_models(arm):
+        for name, role in arm.sources:
             place = (arm.regime, name, arm.seed)
             cell = cells.get(keys[place])
             if place not in wanted and not (cell and cell["failed"]) and cells.model(keys[place], role) is None:
                 wanted.add(place)
                 stack.append(place)
     return [arm for arm in arms if arm.place in wanted]
-
-
-def needed_models(arm: Arm) -> list[tuple[str, str]]:
-    """(arm, role) of the models that `arm` learns from or starts from."""
-    return [*arm.taught_by.values(), *arm.begun_from.values()]
 
 
 def cores() -> int:
@@ -111,10 +106,7 @@ class _Execution:
         self.total = sum(work.units for work in self.waiting)
         self.finished = 0
         self.kept = {
-            (place, role)
-            for arm in arms
-            for name, role in needed_models(arm)
-            for place in [(arm.regime, name, arm.seed)]
+            (place, role) for arm in arms for name, role in arm.sources for place in [(arm.regime, name, arm.seed)]
         }
 
     def run(self) -> None:
@@ -150,7 +142,7 @@ class _Execution:
     def _readiness(self, work: _Work) -> str:
         """Whether all that the arms of `work` need is there; arms whose teacher failed fail here."""
         for arm in list(work.arms):
-            for name, role in needed_models(arm):
+            for name, role in arm.sources:
                 key = self.keys[arm.regime, name, arm.seed]
                 cell = self.cells.get(key)
                 if cell is not None and cell["failed"]:
@@ -164,13 +156,12 @@ class _Execution:
         return "ready"
 
     def _launch(self, work: _Work) -> None:
-        work.device = self.means.devices[len(self.running) % len(self.means.devices)]
-        taken = {other.device for other in self.running}
-        work.device = next((device for device in self.means.devices if device not in taken), work.device)
+        used = [other.device for other in self.running]
+        work.device = min(self.means.devices, key=used.count)  # the first of those with the least to do
         folder_of = {
             of: str(self.cells.model(self.keys[arm.regime, of[0], arm.seed], of[1]))
             for arm in work.arms
-            for of in needed_models(arm)
+            for of in arm.sources
         }
         name = _name(self.keys[arm.place] for arm in work.group)
         work.folder = self.out / "work" / name

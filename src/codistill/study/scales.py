@@ -30,8 +30,7 @@ def vocabulary_of(size: Size) -> int:
 
 def rows_of(size: Size) -> int:
     """Predicted rows in a step."""
-    each = size.data.length - 1 if size.objective.name == "clm" else round(size.objective.mask_rate * size.data.length)
-    return size.batch.sequences * each
+    return size.batch.sequences * size.objective.rows_of(size.data.length)
 
 
 def _often(size: Size, looks: int = 8, sequences: int = 1024) -> Size:

@@ -1,5 +1,5 @@
 """What a process of its own does for a study: train one cohort, then score its members. Its last line of standard error
-says why it failed; statuses are those of the command line.
+says why it failed; statuses are those of the command line, and NOT_FINITE.
 
     python -m codistill.study.worker REQUEST.json
 """
