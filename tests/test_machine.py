@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
+from codistill.build import build
 from codistill.cohort import Cohort, Distillation
+from codistill.kernels import compiled_rows
 from codistill.loading import read_run
 from codistill.machine import compile_layers, why_not_compile
 from codistill.train import Stopped, train
@@ -35,20 +38,26 @@ def gradients(compiled: bool) -> tuple[dict[str, torch.Tensor], list[torch.Tenso
     if compiled:
         for one in members:
             compile_layers(one.predictor.model)
-    metrics = Cohort(members, [Distillation("ann", "bob"), Distillation("bob", "ann")]).gradients(0, [batch(1)])
+    edges = [Distillation("ann", "bob"), Distillation("bob", "ann")]
+    metrics = Cohort(members, edges, compiled=compiled).gradients(0, [batch(1)])
     return metrics, [p.grad for one in members for p in one.parameters if p.grad is not None]
 
 
 @COMPILES
-def test_compiled_layers_give_the_same_losses_and_gradients():
+def test_compiled_layers_give_the_same_losses_and_gradients(monkeypatch):
     from torch._dynamo.utils import counters
 
+    calls = []
+    fused = compiled_rows.sweep
+    monkeypatch.setattr(compiled_rows, "sweep", lambda *given: (calls.append(0), fused(*given))[1])
     counters.clear()
     metrics, wanted = gradients(compiled=False)
     assert not counters["stats"]
+    assert not calls
     found_metrics, found = gradients(compiled=True)
     assert counters["stats"]["unique_graphs"] >= 1
     assert not counters["graph_break"]
+    assert calls
     for name, value in metrics.items():
         torch.testing.assert_close(found_metrics[name], value, rtol=1e-5, atol=1e-6)
     for a, b in zip(found, wanted, strict=True):
@@ -65,6 +74,8 @@ def test_a_compiled_run_resumes_bit_for_bit_and_is_scored_without_the_compiler(t
     torch.compiler.reset()
     assert_same_run(whole, train(run, tmp_path / "parts", device="cpu", resume=True))
     assert read_run(whole / "run.yaml")["compile"] is True
+    resolved = replace(run, precision="float32")
+    assert build(resolved, torch.device("cpu")).cohort.compiled
 
 
 def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monkeypatch, capsys):

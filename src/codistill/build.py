@@ -236,6 +236,7 @@ def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
         precision=getattr(torch, run.precision),
         skip_non_finite=run.non_finite == "skip",
         ranks=ranks,
+        compiled=run.compile,
     )
 
 

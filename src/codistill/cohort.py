@@ -100,6 +100,8 @@ class Cohort:
     parameters, logits and losses are float32 either way. A step in which a loss or gradient is not finite changes no
     parameter; with `skip_non_finite` the next one goes on, without it no later step changes any either. With several
     `ranks`, each is given its own share of the micro-batches, and the step is that of one process with all of them.
+    `compiled`: the loss between logits is fused by PyTorch's compiler, on a CPU (models compile with their own
+    `compile`).
     """
 
     def __init__(
@@ -111,9 +113,10 @@ class Cohort:
         precision: torch.dtype = torch.float32,
         skip_non_finite: bool = False,
         ranks: Ranks = ALONE,
+        compiled: bool = False,
     ):
         self.members = {member.name: member for member in members}
-        self.seed, self.precision, self.ranks = seed, precision, ranks
+        self.seed, self.precision, self.ranks, self.compiled = seed, precision, ranks, compiled
         self.trained = [member for member in members if member.is_trained]
         _check(members, distillation, ranks)
         models = {member.name: member.predictor.model for member in members}
@@ -211,7 +214,9 @@ class Cohort:
         denominator: Tensor,
     ) -> CohortLoss:
         members = [self.members[name] for name, given in features.items() if not isinstance(given, SparseLogits)]
-        loss_of: Callable[..., CohortLoss] = partial(linear_cohort_loss, vocabulary=members[0].predictor.vocabulary)
+        loss_of: Callable[..., CohortLoss] = partial(
+            linear_cohort_loss, vocabulary=members[0].predictor.vocabulary, compiled=self.compiled
+        )
         if batch.labels_N.is_floating_point():
             loss_of = linear_cohort_regression
         with self._autocast():

@@ -40,6 +40,7 @@ def linear_cohort_loss(
     vocabulary: int | None = None,
     chunk_rows: int | None = None,
     impl: str | None = None,
+    compiled: bool = False,
 ) -> CohortLoss:
     """The cohort's loss on N predicted rows, with gradients to each trained member's features, weight and bias.
 
@@ -58,7 +59,8 @@ def linear_cohort_loss(
     `codistill.divergences.Divergence`'s type too; "chunked" and "triton" form the gradients here, in the forward pass,
     `chunk_rows` rows at a time, hold nothing of size N × V, and hand the gradients out to one backward pass. They
     round as `torch.nn.functional.linear` would, to the features' type or autocast's, except that logits and sums are
-    float32. Raises UserError for what cannot be computed as asked.
+    float32. With `compiled`, what "chunked" does on a CPU between the products is fused by PyTorch's compiler, which
+    needs a C++ compiler and some seconds at the first call. Raises UserError for what cannot be computed as asked.
     """
     if chunk_rows is not None and chunk_rows < 1:
         raise UserError(f"chunk_rows: {chunk_rows}; wanted at least 1, or None for the default")
@@ -70,7 +72,7 @@ def linear_cohort_loss(
         return CohortLoss(*reference_loss(problem))
     from codistill.kernels.chunked import chunked_loss
 
-    return CohortLoss(*chunked_loss(problem, chunk_rows, _sweep(impl)))
+    return CohortLoss(*chunked_loss(problem, chunk_rows, _sweep(impl, compiled and labels.device.type == "cpu")))
 
 
 def _chosen(impl: str | None, problem: Problem) -> str:
@@ -94,9 +96,11 @@ def _chosen(impl: str | None, problem: Problem) -> str:
     return impl
 
 
-def _sweep(impl: str):
+def _sweep(impl: str, compiled: bool):
     if impl == "triton":
         from codistill.kernels.triton_rows import sweep
+    elif compiled:
+        from codistill.kernels.compiled_rows import sweep
     else:
         from codistill.kernels.rows import sweep
     return sweep

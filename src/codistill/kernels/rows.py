@@ -30,7 +30,7 @@ def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str
     soft_EC = scale_C.new_empty(len(problem.edges), len(labels_C))
     at_label = {member: torch.empty_like(scale_C) for member, head in heads.items() if head.trained}
     gradients = {member: heads[member].gradient(len(labels_C)) for member in at_label}
-    block_rows = _rows_per_block(problem.vocabulary, scale_C.device.type)
+    block_rows = rows_per_block(problem.vocabulary, scale_C.device.type)
     block = _Block(problem, heads, min(block_rows, len(labels_C)))
     for start in range(0, len(labels_C), block_rows):
         part = slice(start, start + block_rows)
@@ -44,8 +44,8 @@ def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str
     return hard_MC, soft_EC, at_label
 
 
-def _rows_per_block(vocabulary: int, device: str) -> int:
-    """About 8 MB of logits on a CPU, and 64 MB for a launch elsewhere.
+def rows_per_block(vocabulary: int, device: str) -> int:
+    """Rows of one block: about 8 MB of logits on a CPU, and 64 MB for a launch elsewhere.
 
     Blocks of 1 MB are no faster on a quiet CPU, and four times slower on a busy one: at the end of every operation the
     threads wait for one another, and smaller blocks are more operations.
@@ -56,7 +56,7 @@ def _rows_per_block(vocabulary: int, device: str) -> int:
 
 def scratch_bytes(rows: int, vocabulary: int, softmaxes: int, trained: int, edges: int, device: str) -> int:
     """What a sweep holds beside the logits, in float32."""
-    block = min(_rows_per_block(vocabulary, device), rows)
+    block = min(rows_per_block(vocabulary, device), rows)
     return 4 * block * vocabulary * (2 * softmaxes + trained + (3 if edges else 0))
 
 
