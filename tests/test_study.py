@@ -19,14 +19,17 @@ from codistill.config import Data
 from codistill.errors import MachineError, UserError
 from codistill.files import locked
 from codistill.loading import load, to_dict
+from codistill.plan import Plan
 from codistill.study.analysis import analysis, contrast
 from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
 from codistill.study.cells import Cells
 from codistill.study.design import Contrast, edge, frozen, settings
 from codistill.study.execute import Means, Stopped, execute
 from codistill.study.grids import STUDIES
+from codistill.study.plan import plan_lines
 from codistill.study.run import check_out, run_study, tabulate
 from codistill.study.scales import SCALES
+from codistill.study.scoring import Scoring
 from codistill.train import train
 from studies import SCALE, SIZE, STUDY, arms, data_folder, request
 
@@ -102,6 +105,22 @@ def test_the_table_is_a_function_of_the_cells(finished):
     assert {name: (finished / name).read_bytes() for name in made} == made
     assert "taught − alone" in made["table.md"].decode()
     assert "On the plateau: alone/large, seed 0" in made["table.md"].decode()
+
+
+def test_a_plan_counts_every_model_once_and_a_frozen_teachers_passes(tmp_path, monkeypatch):
+    """A layer costs 300 here. Trained are large (for `alone` and `pair`), small, the teacher and the taught one; the
+    teacher takes a third of what it took to train."""
+
+    def plan_of(run, device):
+        layers = run.members["one"].model.layers
+        return Plan(0, {}, {"one": {"own": 300 * layers, "teachers": 0}}, {}, 60.0 * layers)
+
+    monkeypatch.setattr("codistill.study.plan.plan", plan_of)
+    lines = plan_lines(request(tmp_path / "new"), jobs=1, devices=["cpu"])
+    assert 600 + 300 + 300 + (600 + 100) == 1900
+    seconds = 120 + 60 + 60 + (120 + 20) + 3 * 15
+    assert lines[-1].startswith("left: 4 models in 3 cohorts, 1.9e+03 FLOPs; with 1 at once about ")
+    assert f"about {round(seconds / 60)} min" in lines[-1]
 
 
 def test_another_studys_cell_of_the_same_content_is_used(finished, data):
@@ -254,6 +273,8 @@ PRETENDER = textwrap.dedent("""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)
     if "full--" in run:
         print("no space", file=sys.stderr); sys.exit(1)
+    if "large--" in run.replace("--large", ""):
+        print("CUDA out of memory", file=sys.stderr); sys.exit(4)
     member = dict(loss=5.0, accuracy=0.1, parameters=10, flops=dict(own=6, teachers=0), seconds=1.0)
     for name in request["members"]:
         folder = out / "members" / name
@@ -270,7 +291,7 @@ PRETENDER = textwrap.dedent("""
 @pytest.fixture
 def means(tmp_path) -> Means:
     (tmp_path / "worker.py").write_text(PRETENDER)
-    return Means(TEXT, None, None, 2, ["cpu"], 3, (sys.executable, str(tmp_path / "worker.py")))
+    return Means(TEXT, Scoring(), 2, ["cpu"], 3, (sys.executable, str(tmp_path / "worker.py")))
 
 
 def renamed(**names: str):
@@ -315,13 +336,34 @@ def test_a_machine_that_fails_is_no_result(means, tmp_path):
     assert all(not json.loads(file.read_text())["failed"] for file in (tmp_path / "out").glob("cells/*.json"))
 
 
+def test_what_there_is_no_memory_for_leaves_the_rest(means, tmp_path):
+    """The teacher does not fit, so neither it nor its student has a cell, and with more memory they are tried again."""
+    every = renamed(teacher="large")
+    found = execute(every, tmp_path / "out", means)
+    assert found == [
+        "large, one pass, seed 0: CUDA out of memory",
+        "taught, one pass, seed 0: it needs large",
+    ]
+    cells, keys = Cells(tmp_path / "out"), keys_of(every)
+    assert {arm.name for arm in every if cells.get(keys[arm.place]) is not None} == {"alone", "pair"}
+
+
+def test_a_study_with_too_little_memory_makes_its_table_and_says_what_is_missing(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("codistill.study.run.execute", lambda *given: ["taught: CUDA out of memory", "it too"])
+    with pytest.raises(
+        MachineError, match=r"no memory for taught: CUDA out of memory \(and 1 more\); the rest is done"
+    ):
+        run_study(request(tmp_path / "toy"), data=data)
+    assert (tmp_path / "toy" / "table.md").exists()
+
+
 def test_a_study_that_is_stopped_goes_on(means, tmp_path):
     """A process stops itself by the signal that a scheduler would send; then the same arms without what is slow."""
     out = tmp_path / "out"
     code = (
         "import test_study as t, sys; from pathlib import Path\n"
         "from codistill.study.execute import Means, Stopped, execute\n"
-        f"means = Means(t.TEXT, None, None, 2, ['cpu'], 3, (sys.executable, {str(tmp_path / 'worker.py')!r}))\n"
+        f"means = Means(t.TEXT, t.Scoring(), 2, ['cpu'], 3, (sys.executable, {str(tmp_path / 'worker.py')!r}))\n"
         f"try: execute(t.renamed(taught='slow'), Path({str(out)!r}), means)\n"
         "except Stopped: sys.exit(75)\n"
     )

@@ -22,7 +22,7 @@ def study(
     *,
     out: Annotated[Path, Parameter(help="The study's folder; what it holds already is not trained again.")],
     scale: Annotated[str, Parameter(help="tiny (CPU), small (one GPU) or paper (as published).")] = "tiny",
-    data: Annotated[Path | None, Parameter(help="A folder with text/ and blimp/ (docs/studies.md).")] = None,
+    data: Annotated[Path | None, Parameter(help="A folder with text/, blimp/, glue/ (docs/studies.md).")] = None,
     seeds: Annotated[int | None, Parameter(help="By default 5 for a headline, 3 for the rest.")] = None,
     jobs: Annotated[int | None, Parameter(help="Processes at once; by default one a GPU, or one a CPU core.")] = None,
     plan: Annotated[bool, Parameter(negative="", help="Print what would be trained, and stop.")] = False,

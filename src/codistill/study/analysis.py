@@ -11,9 +11,10 @@ import numpy as np
 from codistill.evaluate.compare import t_interval
 from codistill.study.cells import Cell
 from codistill.study.design import Contrast, Study
+from codistill.study.scoring import BLIMP, GLUE, score_of
 
 BELOW_UNIGRAM = 1.5  # nats that a stand-alone model must be below the unigram loss: above, it has learned no language
-METRICS = ("loss", "blimp")
+METRICS = ("loss", "blimp", "glue")
 
 
 def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict[str, Any]:
@@ -31,6 +32,7 @@ def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict
             "regimes": {regime: _regime(study, [c for c in cells if c["regime"] == regime]) for regime in regimes},
             "failed": _failures(cells),
             "text": done[0]["text"] if done else None,
+            "partial": _partial(done),
             "machines": _distinct({**c["machine"], "precision": c["precision"]} for c in done),
             "versions": _distinct(cell["versions"] for cell in done),
             "dates": sorted({cell["date"] for cell in done}),
@@ -74,16 +76,29 @@ def _row(of: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "teacher_flops": int(np.mean([m["flops"]["teachers"] for m in members])),
         "seconds": float(np.mean([m["seconds"] for m in members])),
         **{metric: _spread([_score(m, metric) for m in members]) for metric in METRICS},
+        "tasks": {task: _spread([_percent(score_of(m, task)) for m in members]) for task in _tasks_of(members)},
         "agreement": float(np.mean(agreement)) if agreement else None,
     }
 
 
 def _score(member: Mapping[str, Any], metric: str) -> float | None:
-    """Loss in nats; BLiMP in percent, None where it is not known."""
+    """Loss in nats; in percent BLiMP, and the mean over the tasks of GLUE; None where it is not known."""
     if metric == "loss":
         return member["loss"]
-    found = member["blimp"]
+    if metric == "blimp":
+        return _percent(score_of(member, BLIMP))
+    found = [_percent(score_of(member, task)) for task in GLUE]
+    known = [score for score in found if score is not None]
+    return float(np.mean(known)) if len(known) == len(found) else None
+
+
+def _percent(found: Mapping[str, Any] | None) -> float | None:
     return None if found is None or "failed" in found else 100 * found["score"]
+
+
+def _tasks_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks of GLUE that any was scored on."""
+    return [task for task in GLUE if any(score_of(member, task) for member in members)]
 
 
 def _spread(values: Iterable[float | None]) -> dict[str, float | None]:
@@ -159,16 +174,23 @@ def _on_the_plateau(study: Study, by: Mapping[str, Mapping[int, Any]]) -> list[d
 
 
 def _failures(cells: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Arms that failed, and members whose BLiMP did, with the reasons."""
+    """Arms that failed, and members that could not be scored, with the reasons."""
     found = []
     for cell in cells:
         place = {name: cell[name] for name in ("arm", "regime", "seed")}
         if cell["failed"]:
             found.append(place | {"failed": cell["failed"]})
         for role, member in cell["members"].items():
-            if member["blimp"] is not None and "failed" in member["blimp"]:
-                found.append(place | {"failed": f"BLiMP of {role}: {member['blimp']['failed']}"})
+            scores = {task: score_of(member, task) or {} for task in (BLIMP, *GLUE)}
+            reasons = {task: of["failed"] for task, of in scores.items() if "failed" in of}
+            found += [place | {"failed": f"{task} of {role}: {why}"} for task, why in reasons.items()]
     return found
+
+
+def _partial(cells: Sequence[Cell]) -> dict[str, dict[str, str]]:
+    """Tasks of GLUE whose splits were not as long as the official ones: split → how much of it there was."""
+    scores = ((task, score_of(m, task) or {}) for cell in cells for m in cell["members"].values() for task in GLUE)
+    return {task: of["partial"] for task, of in scores if of.get("partial")}
 
 
 def _range(values: Iterable[float]) -> list[float]:

@@ -22,8 +22,10 @@ from codistill.progress import Advance, silent
 from codistill.study.arms import Arm, grouped, keys_of, member_names, merged, trained_names
 from codistill.study.cells import Cell, Cells
 from codistill.study.harvest import failed_cell, harvest
+from codistill.study.scoring import Scoring, is_scored
 
 _STOPPED, _NOT_FINITE, _AS_ASKED = 75, 3, 2  # as the worker ends
+_TOO_LARGE = (4, -signal.SIGKILL)  # no memory for it: it says so, or the system ended it
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -33,13 +35,11 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Means:
-    """What a study is run with. `data`: its text. `blimp`: a folder with blimp/, or None; `pairs`: of each paradigm.
-    `jobs`: processes at once. `devices`: their devices, in turn ("cpu", "cuda:0", …). `worker`: the command that does
-    the work of a request."""
+    """What a study is run with. `data`: its text. `jobs`: processes at once. `devices`: their devices, in turn ("cpu",
+    "cuda:0", …). `worker`: the command that does the work of a request."""
 
     data: Data
-    blimp: Path | None
-    pairs: int | None
+    scoring: Scoring
     jobs: int
     devices: Sequence[str]
     most_members: int
@@ -61,17 +61,15 @@ class _Work:
         return len(trained_names(self.arms)) * self.arms[0].run.steps
 
 
-def is_whole(cell: Cell | None, blimp: bool) -> bool:
+def is_whole(cell: Cell | None, tasks: tuple[str, ...]) -> bool:
     """Whether a cell says all that is wanted of it; one that failed does."""
-    if cell is None:
-        return False
-    return not blimp or all(m["blimp"] is not None and "failed" not in m["blimp"] for m in cell["members"].values())
+    return cell is not None and all(is_scored(member, tasks) for member in cell["members"].values())
 
 
-def missing(arms: Sequence[Arm], cells: Cells, blimp: bool = False) -> list[Arm]:
-    """The arms without a whole cell, and those whose models they need but nobody has kept."""
+def missing(arms: Sequence[Arm], cells: Cells, tasks: tuple[str, ...] = ()) -> list[Arm]:
+    """The arms without a cell that has scores at `tasks`, and those whose models they need but nobody has kept."""
     keys, by_place = keys_of(arms), {arm.place: arm for arm in arms}
-    wanted = {arm.place for arm in arms if not is_whole(cells.get(keys[arm.place]), blimp)}
+    wanted = {arm.place for arm in arms if not is_whole(cells.get(keys[arm.place]), tasks)}
     stack = list(wanted)
     while stack:
         arm = by_place[stack.pop()]
@@ -89,20 +87,26 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def execute(arms: Sequence[Arm], out: Path, means: Means, advance: Advance = silent) -> None:
-    """Brings the cells of `arms` in `out` to completion. Raises Stopped, or MachineError when the machine failed."""
-    _Execution(arms, out, means, advance).run()
+def execute(arms: Sequence[Arm], out: Path, means: Means, advance: Advance = silent) -> list[str]:
+    """Brings the cells of `arms` in `out` to completion; returns those that there was no memory for, a line each.
+
+    Raises Stopped, or MachineError when the machine failed.
+    """
+    execution = _Execution(arms, out, means, advance)
+    execution.run()
+    return list(execution.too_large.values())
 
 
 class _Execution:
     def __init__(self, arms: Sequence[Arm], out: Path, means: Means, advance: Advance):
         self.arms, self.out, self.means, self.advance = arms, out, means, advance
         self.cells, self.keys = Cells(out), keys_of(arms)
-        todo = {arm.place for arm in missing(arms, self.cells, means.blimp is not None)}
+        todo = {arm.place for arm in missing(arms, self.cells, means.scoring.tasks)}
         groups = grouped(arms, means.most_members)
         left = [_Work([arm for arm in group if arm.place in todo], list(group)) for group in groups]
         self.waiting = [work for work in left if work.arms]
         self.running: list[_Work] = []
+        self.too_large: dict[tuple[str, str, int], str] = {}
         self.total = sum(work.units for work in self.waiting)
         self.finished = 0
         self.kept = {
@@ -145,6 +149,10 @@ class _Execution:
             for name, role in arm.sources:
                 key = self.keys[arm.regime, name, arm.seed]
                 cell = self.cells.get(key)
+                if (arm.regime, name, arm.seed) in self.too_large:
+                    self._set_aside(arm, f"it needs {name}")
+                    work.arms.remove(arm)
+                    break
                 if cell is not None and cell["failed"]:
                     self._fail(work, arm, f"what it needs failed: {name}: {cell['failed']}")
                     break
@@ -171,8 +179,9 @@ class _Execution:
         request = {
             "run": str(run_file),
             "out": str(work.folder),
-            "data": None if self.means.blimp is None else str(self.means.blimp),
-            "pairs": self.means.pairs,
+            "data": str(self.means.scoring.data),
+            "tasks": self.means.scoring.tasks,
+            "pairs": self.means.scoring.pairs,
             "device": work.device,
             "members": trained_names(work.arms, names),
             "peers": {a.name: [names[a.name, r] for r in a.run.trained] for a in work.arms if len(a.run.trained) == 2},
@@ -204,15 +213,22 @@ class _Execution:
             raise Stopped
         elif status == _AS_ASKED:
             raise UserError(_reason(work, status))
-        elif status != _NOT_FINITE:
+        elif status not in (_NOT_FINITE, *_TOO_LARGE):
             raise MachineError(f"{', '.join(arm.name for arm in work.arms)}: {_reason(work, status)}")
-        elif len(work.arms) > 1:  # each for itself, so that only the one at fault fails
+        elif len(work.arms) > 1:  # each for itself, so that only the one at fault fails, or all have room
             self._clear(work)
             self.waiting += [_Work([arm], [arm]) for arm in work.arms]
         else:
-            self._fail(work, work.arms[0], _reason(work, status))
+            if status == _NOT_FINITE:
+                self._fail(work, work.arms[0], _reason(work, status))
+            else:
+                self._set_aside(work.arms[0], _reason(work, status))
             self.finished += work.units
             self._clear(work)
+
+    def _set_aside(self, arm: Arm, why: str) -> None:
+        """No result: with more memory it may be tried again."""
+        self.too_large[arm.place] = f"{arm.name}, {arm.regime}, seed {arm.seed}: {why}"
 
     def _fail(self, work: _Work, arm: Arm, reason: str) -> None:
         self.cells.put(self.keys[arm.place], failed_cell(arm, self.keys[arm.place], reason))

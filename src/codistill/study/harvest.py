@@ -12,6 +12,7 @@ from codistill.loading import load, read_run
 from codistill.metrics import read_metrics
 from codistill.study.arms import Arm
 from codistill.study.cells import Cell
+from codistill.study.scoring import BLIMP, GLUE
 
 AGREEMENT = "agreement.json"  # in a run's folder: arm → how often its two trained members agree
 
@@ -54,6 +55,7 @@ def _member(arm: Arm, role: str, name: str, folder: Path, results: Mapping[str, 
         "teachers": sorted({edge.teacher for edge in arm.run.distillation if edge.student == role}),
         "curve": _curve(folder, name, results["tokens"] / results["steps"]),
         "blimp": _blimp(folder, name),
+        "glue": _glue(folder, name),
     }
 
 
@@ -66,14 +68,28 @@ def _curve(folder: Path, name: str, tokens_per_step: float) -> list[tuple[int, f
 
 def _blimp(folder: Path, name: str) -> dict[str, Any] | None:
     """The share of pairs judged right; None if it was not asked."""
-    file = folder / "scores" / "results.json"
-    if not file.exists():
-        return None
-    cells = json.loads(file.read_text())["cells"]
-    cell = next(cell for cell in cells if cell["model"] == f"{folder.name}/{name}")
-    if cell["failed"]:
-        return {"failed": cell["failed"]}
+    cell = next((cell for cell in _scores(folder, name) if cell["task"] == BLIMP), None)
+    if cell is None or cell["failed"]:
+        return cell and {"failed": cell["failed"]}
     return {"score": cell["score"], "pairs": cell["counted"]["pairs"]}
+
+
+def _glue(folder: Path, name: str) -> dict[str, Any]:
+    """Task → its score and which of its splits are not whole, or why there is none."""
+    cells = {cell["task"].removeprefix("glue/"): cell for cell in _scores(folder, name) if cell["task"] in GLUE}
+    return {
+        task: {"failed": cell["failed"]}
+        if cell["failed"]
+        else {"score": cell["score"], "partial": cell["counted"]["partial"]}
+        for task, cell in cells.items()
+    }
+
+
+def _scores(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The cells of a member in what `codistill evaluate` found."""
+    file = folder / "scores" / "results.json"
+    cells = json.loads(file.read_text())["cells"] if file.exists() else []
+    return [cell for cell in cells if cell["model"] == f"{folder.name}/{name}"]
 
 
 def _agreement(arm: Arm, folder: Path) -> float | None:

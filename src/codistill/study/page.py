@@ -6,6 +6,8 @@ from typing import Any
 from codistill.blocks import Block, Heading, Table, Text
 from codistill.study.design import ONE_PASS
 
+_NOTHING = {"mean": None, "sd": None}
+
 
 def study_blocks(found: Mapping[str, Any]) -> list[Block]:
     """All tables of `analysis`, one regime after the other, with what a reader must know beside them."""
@@ -14,7 +16,7 @@ def study_blocks(found: Mapping[str, Any]) -> list[Block]:
         blocks.append(Text(f"Not trained yet: {found['missing']} of {found['arms']} arms.", important=True))
     for regime, of in found["regimes"].items():
         blocks += [Heading(regime, 3), Text(_facts(of)), *_warnings(regime, of), contrasts_table(of), rows_table(of)]
-        blocks += _along(of)
+        blocks += [*_glue(of, found["partial"]), *_along(of)]
     if found["failed"]:
         blocks.append(Heading("Failed", 3))
         reasons = [[c["arm"], c["regime"], str(c["seed"]), c["failed"]] for c in found["failed"]]
@@ -62,11 +64,14 @@ def contrasts_table(of: Mapping[str, Any]) -> Table:
     """Differences with their intervals and what they show."""
     head = ["treated − control", "seeds", "Δ loss, nats", "95 % interval", "shown"]
     head += ["Δ BLiMP, points", "95 % interval", "shown"]
-    return Table(head, [_contrast(c) for c in of["contrasts"]], words=(3, 4, 6, 7))
+    has_glue = any(c["glue"]["mean"] is not None for c in of["contrasts"])
+    head += ["Δ GLUE, points", "95 % interval", "shown"] if has_glue else []
+    return Table(head, [_contrast(c, has_glue) for c in of["contrasts"]], words=(3, 4, 6, 7, 9, 10))
 
 
-def _contrast(c: Mapping[str, Any]) -> list[str]:
-    return [c["label"], str(c["loss"]["seeds"]), *_difference(c["loss"], 3), *_difference(c["blimp"], 2)]
+def _contrast(c: Mapping[str, Any], has_glue: bool) -> list[str]:
+    glue = _difference(c["glue"], 2) if has_glue else []
+    return [c["label"], str(c["loss"]["seeds"]), *_difference(c["loss"], 3), *_difference(c["blimp"], 2), *glue]
 
 
 def _difference(of: Mapping[str, Any], digits: int) -> list[str]:
@@ -93,6 +98,22 @@ def _spread(of: Mapping[str, float | None], digits: int) -> str:
     if of["mean"] is None:
         return ""
     return f"{of['mean']:.{digits}f}" + ("" if of["sd"] is None else f" ± {of['sd']:.{digits}f}")
+
+
+def _glue(of: Mapping[str, Any], partial: Mapping[str, Mapping[str, str]]) -> list[Block]:
+    """The tasks of GLUE, where any was asked for."""
+    tasks = list(dict.fromkeys(task for row in of["rows"].values() for task in row["tasks"]))
+    if not tasks:
+        return []
+    rows = [
+        [name, *(_spread(row["tasks"].get(task, _NOTHING), 1) for task in tasks), _spread(row["glue"], 1)]
+        for name, row in of["rows"].items()
+    ]
+    short = [f"{task} ({', '.join(f'{split} {n}' for split, n in splits.items())})" for task, splits in partial.items()]
+    words = "GLUE, fine-tuned once for each seed; the mean is that of the eight without WNLI."
+    not_whole = [Text(f"Not whole, so not comparable with published scores: {'; '.join(short)}.", important=True)]
+    head = ["arm / member", *(task.removeprefix("glue/") for task in tasks), "mean"]
+    return [Text(words), *(not_whole if short else []), Table(head, rows)]
 
 
 def _along(of: Mapping[str, Any]) -> list[Block]:

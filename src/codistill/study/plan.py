@@ -1,16 +1,17 @@
 """What a study would train, and about how long it takes, before it starts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 
 from codistill.config import MemberConfig
 from codistill.plan import duration, plan
-from codistill.study.arms import Arm, grouped, trained_names
+from codistill.study.arms import Arm, grouped, member_names, trained_names
 from codistill.study.cells import Cells
 from codistill.study.run import Request, missing_cells, places
 
+Place = tuple[str, str, int]
 _TO_START = 15.0  # seconds that a process needs before its first step
 
 
@@ -30,23 +31,35 @@ def _left(request: Request, left: Sequence[Arm], jobs: int | None, devices: Sequ
     every = grouped(request.arms, request.scale.most_members)
     groups = [group for group in ([arm for arm in group if arm.place in wanted] for group in every) if group]
     models = sum(len(trained_names(group)) for group in groups)
-    flops, seconds, why = _cost(groups, devices[0])
+    by_place = {arm.place: arm for arm in request.arms}
+    flops, seconds, why = _cost([_passes(group, by_place) for group in groups], devices[0])
     jobs = jobs or places(devices)
     when = why or f"about {duration((seconds + _TO_START * len(groups)) / jobs)}, BLiMP not counted"
     return f"left: {models} models in {len(groups)} cohorts, {flops:.2g} FLOPs; with {jobs} at once {when}"
 
 
-def _cost(groups: Sequence[Sequence[Arm]], device: str) -> tuple[float, float, str]:
+def _passes(group: Sequence[Arm], by_place: Mapping[Place, Arm]) -> list[tuple[Arm, MemberConfig, float]]:
+    """The models that a cohort of `group` runs, each once: an arm with it, the model, and the share of what training
+    it costs. A frozen teacher takes one pass of the three."""
+    names, found = member_names(group), dict[str, tuple[Arm, MemberConfig, float]]()
+    for arm in group:
+        for role in arm.run.trained:
+            found.setdefault(names[arm.name, role], (arm, arm.run.members[role], 1.0))
+        for role, (source, its_role) in arm.taught_by.items():
+            taught_by = by_place[arm.regime, source, arm.seed].run.members[its_role]
+            found.setdefault(names[arm.name, role], (arm, taught_by, 1 / 3))
+    return list(found.values())
+
+
+def _cost(cohorts: Sequence[Sequence[tuple[Arm, MemberConfig, float]]], device: str) -> tuple[float, float, str]:
     """(FLOPs, seconds one after the other, why there are no seconds), from a few steps of each kind of model alone."""
     tried: dict[str, tuple[float, float, str]] = {}
     total, seconds, why = 0.0, 0.0, ""
     threads = torch.get_num_threads()
     torch.set_num_threads(1 if device == "cpu" else threads)
-    for group in groups:
-        for arm in group:
-            for role in arm.run.trained:
-                flops, spent, why_not = _alone(arm, arm.run.members[role], device, tried)
-                total, seconds, why = total + flops, seconds + spent, why or why_not
+    for arm, member, share in (one for cohort in cohorts for one in cohort):
+        flops, spent, why_not = _alone(arm, member, device, tried)
+        total, seconds, why = total + share * flops, seconds + share * spent, why or why_not
     torch.set_num_threads(threads)
     return total, seconds, why
 

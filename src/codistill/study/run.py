@@ -11,7 +11,7 @@ from codistill.config import Data
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
 from codistill.distributed import start
-from codistill.errors import UserError
+from codistill.errors import MachineError, UserError
 from codistill.files import locked, machine_error, write_file
 from codistill.progress import Advance, preparing, silent
 from codistill.study.analysis import analysis
@@ -22,6 +22,7 @@ from codistill.study.execute import Means, cores, execute, is_whole, missing
 from codistill.study.figure import draw
 from codistill.study.page import study_blocks
 from codistill.study.scales import Scale
+from codistill.study.scoring import Scoring, found_in
 
 _BEGIN, _END = "<!-- the table, generated -->", "<!-- end of the table -->"
 
@@ -47,18 +48,27 @@ def run_study(
     """Trains what is missing and writes OUT/results.json, table.md, figure.png, and the table into OUT/README.md where
     that marks its place; returns the contents of the first.
 
-    `data`: a folder with text/*/train*.parquet and validation.parquet, and blimp/; not needed when nothing is missing.
+    `data`: a folder with text/*/train*.parquet and validation.parquet, blimp/ and glue/; not needed when nothing is
+    missing.
     """
     check_out(request)
     arms, cells = request.arms, Cells(request.out)
-    if missing_cells(arms, cells, blimp=_blimp(data) is not None):
-        _train(request, means(request, data, jobs, devices), advance)
-    return tabulate(request)
+    too_large: list[str] = []
+    if missing_cells(arms, cells, _scoring(request, data).tasks):
+        too_large = _train(request, means(request, data, jobs, devices), advance)
+    found = tabulate(request)
+    if too_large:
+        more = f" (and {len(too_large) - 1} more)" if len(too_large) > 1 else ""
+        raise MachineError(
+            f"there was no memory for {too_large[0]}{more}; the rest is done and in the table; give fewer --jobs, a "
+            "device with more memory, or another --scale"
+        )
+    return found
 
 
-def _train(request: Request, given: Means, advance: Advance) -> None:
-    """Everything that is missing. UserError where another study is at work in the folder, or what is there is of other
-    text."""
+def _train(request: Request, given: Means, advance: Advance) -> list[str]:
+    """Everything that is missing; what there was no memory for. UserError where another study is at work in the folder,
+    or what is there is of other text."""
     arms, cells = request.arms, Cells(request.out)
     text = text_of(given.data, arms[0].run.data.tokenizer or "")
     try:
@@ -66,7 +76,7 @@ def _train(request: Request, given: Means, advance: Advance) -> None:
         with locked(request.out / ".lock", wait=False):
             cells.adopt(keys_of(arms).values(), text)
             check_same_text([{"arm": "--data", "failed": "", "text": text}, *known_cells(request)])
-            execute(arms, request.out, given, advance)
+            return execute(arms, request.out, given, advance)
     except BlockingIOError:
         raise UserError(f"--out {request.out}: another `codistill study` is at work there; wait for it") from None
     except OSError as error:
@@ -85,12 +95,12 @@ def _prepared(sources: list[str], tokenizer: Any, field: str) -> Corpus:
         return cached(sources, tokenizer, progress=progress)
 
 
-def missing_cells(arms: Sequence[Arm], cells: Cells, *, blimp: bool = False) -> list[Arm]:
-    """What would be trained: nothing where all arms have their cells (with `blimp`: with its scores), whether or not
-    models were kept."""
+def missing_cells(arms: Sequence[Arm], cells: Cells, tasks: tuple[str, ...] = ()) -> list[Arm]:
+    """What would be trained: nothing where all arms have their cells, with scores at `tasks`, whether or not models
+    were kept."""
     keys = keys_of(arms)
-    known = all(is_whole(cells.get(keys[arm.place]), blimp) for arm in arms)
-    return [] if known else missing(arms, cells, blimp)
+    known = all(is_whole(cells.get(keys[arm.place]), tasks) for arm in arms)
+    return [] if known else missing(arms, cells, tasks)
 
 
 def means(request: Request, data: Path | None, jobs: int | None, devices: Sequence[str]) -> Means:
@@ -102,7 +112,7 @@ def means(request: Request, data: Path | None, jobs: int | None, devices: Sequen
         )
     text = Data(train=_found(data, "train"), validation=_found(data, "validation"))
     jobs = jobs if jobs is not None else places(devices)
-    return Means(text, _blimp(data), request.scale.pairs, jobs, devices, request.scale.most_members)
+    return Means(text, _scoring(request, data), jobs, devices, request.scale.most_members)
 
 
 def places(devices: Sequence[str]) -> int:
@@ -110,9 +120,9 @@ def places(devices: Sequence[str]) -> int:
     return cores() if devices[0] == "cpu" else len(devices)
 
 
-def _blimp(data: Path | None) -> Path | None:
-    """The folder, if BLiMP is in it."""
-    return data if data is not None and list((data / "blimp").glob("*.parquet")) else None
+def _scoring(request: Request, data: Path | None) -> Scoring:
+    """What the scale wants scored and `data` has examples of."""
+    return found_in(data, request.scale.tasks, request.scale.pairs)
 
 
 def devices(wanted: str | None) -> list[str]:

@@ -6,20 +6,23 @@ from dataclasses import dataclass, replace
 
 from codistill.config import BatchSize, Checkpointing, Evaluation
 from codistill.recipes.sizes import CAUSAL_PAPER, CAUSAL_SMALL, CAUSAL_TINY, PAPER, SMALL, TINY, Size
+from codistill.study.scoring import BLIMP, GLUE
 
 _VOCABULARIES = {"bert-base-uncased": 30_522, "Qwen/Qwen3-1.7B-Base": 151_669}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """`masked` and `causal`: the runs of a study. `pairs`: BLiMP pairs of each paradigm, None for all. `most_members`:
-    about how many models are trained in one process, so that a cohort takes at most a quarter of an hour at `tiny`."""
+    """`masked` and `causal`: the runs of a study. `tasks`: what its models are scored on, beside the held-out text.
+    `pairs`: BLiMP pairs of each paradigm, None for all. `most_members`: about how many models are trained in one
+    process, so that a cohort takes at most a quarter of an hour at `tiny`."""
 
     name: str
     masked: Size
     causal: Size
     pairs: int | None
     most_members: int
+    tasks: tuple[str, ...] = (BLIMP,)
 
 
 def vocabulary_of(size: Size) -> int:
@@ -75,6 +78,20 @@ SCALES: Mapping[str, Scale] = {
         pairs=30,
         most_members=6,
     ),
-    "small": Scale(name="small", masked=_often(SMALL), causal=_often(CAUSAL_SMALL), pairs=None, most_members=8),
-    "paper": Scale(name="paper", masked=_often(PAPER), causal=_often(_CAUSAL_PAPER), pairs=None, most_members=2),
+    "small": Scale(
+        name="small",
+        masked=_often(SMALL),
+        causal=_often(CAUSAL_SMALL),
+        pairs=None,
+        most_members=8,
+        tasks=(BLIMP, *GLUE),
+    ),
+    "paper": Scale(
+        name="paper",
+        masked=_often(PAPER),
+        causal=_often(_CAUSAL_PAPER),
+        pairs=None,
+        most_members=2,
+        tasks=(BLIMP, *GLUE),
+    ),
 }

@@ -1,5 +1,5 @@
 """What a process of its own does for a study: train one cohort, then score its members. Its last line of standard error
-says why it failed; statuses are those of the command line, and NOT_FINITE.
+says why it failed; statuses are those of the command line, NOT_FINITE and NO_MEMORY.
 
     python -m codistill.study.worker REQUEST.json
 """
@@ -11,38 +11,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from codistill.config import Run
 from codistill.errors import MachineError, UserError
 from codistill.evaluate.run import evaluate
 from codistill.files import locked, write_file
 from codistill.loading import load, read_run
 from codistill.study.harvest import AGREEMENT
+from codistill.study.scoring import BLIMP
 from codistill.train import Stopped, train
 from codistill.watch import NonFiniteError
 
 STOPPED = 75
 NOT_FINITE = 3  # of an arm's own: that is a result, where anything else is the surroundings' fault
+NO_MEMORY = 4
 
 
 def work(request: dict[str, Any]) -> None:
-    """Trains the run of the file `run` in the folder `out`, going on where it was left, and scores BLiMP there.
+    """Trains the run of the file `run` in the folder `out`, going on where it was left, and scores its members there.
 
-    `data`: a folder with blimp/, or None; `pairs`: of each paradigm; `members`: whom to score; `peers`: arm → its two
-    trained members, whose judgements are compared. What is finished is not done again.
+    `tasks`: of `codistill evaluate`, with examples in the folder `data`, of BLiMP `pairs` a paradigm; `members`: whom
+    to score; `peers`: arm → its two trained members, whose judgements of BLiMP are compared. What is finished is not
+    done again.
     """
     out = Path(request["out"])
     if not _has_all(out, request["members"]):
         _train(load(read_run(Path(request["run"]))), out, request["device"])
-    if request["data"] is not None:
-        scores = out / "scores"
-        score = partial(evaluate, out=scores, data=request["data"], limit=request["pairs"], device=request["device"])
+    scores = out / "scores"
+    score = partial(evaluate, out=scores, data=request["data"], limit=request["pairs"], device=request["device"])
+    if BLIMP in request["tasks"]:
         agreement = {}
         for arm, members in request["peers"].items():
-            both = score([str(out / "members" / member) for member in members], ["blimp"])
-            agreement[arm] = both["comparisons"]["agreement"]["blimp"][f"{out.name}/{members[1]}"]
+            both = score([str(out / "members" / member) for member in members], [BLIMP])
+            agreement[arm] = both["comparisons"]["agreement"][BLIMP][f"{out.name}/{members[1]}"]
         write_file(out / AGREEMENT, json.dumps(agreement))
-        # Last, for its results.json stays; what is known is not computed again.
-        score([str(out / "members" / member) for member in request["members"]], ["blimp"])
+    if request["tasks"]:  # last, for its results.json stays; what is known is not computed again
+        score([str(out / "members" / member) for member in request["members"]], request["tasks"])
 
 
 def _train(run: Run, out: Path, device: str) -> None:
@@ -77,6 +82,9 @@ def main() -> None:
     except NonFiniteError as error:
         print(error, file=sys.stderr)
         sys.exit(NOT_FINITE)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(" ".join(str(error).split()) or "no memory is left", file=sys.stderr)
+        sys.exit(NO_MEMORY)
     except (UserError, MachineError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         sys.exit(1 if isinstance(error, MachineError) else 2)
