@@ -26,7 +26,9 @@ WEAK_CAUSAL = [setting.replace("modernbert", "llama") for setting in WEAK]
 SOFT = ["distillation.0.weight=3", "distillation.0.temperature=2"]
 BOTH_SOFT = [*SOFT, *(setting.replace(".0.", ".1.") for setting in SOFT)]
 EDGES = [{"teacher": t, "student": s} for t, s in itertools.permutations(("large", "small", "third"), 2)]
-THREE = ["members.third={model: {family: modernbert, width: 16}}", f"distillation={json.dumps(EDGES)}"]
+THIRD = ["members.third={model: {family: modernbert, width: 16}}"]
+THREE = [*THIRD, f"distillation={json.dumps(EDGES)}"]
+TO_THIRD = "distillation=[{teacher: weak, student: third}, {teacher: large, student: third}]"
 ALIKE = [
     *((peer, "dwt:tiny", [*WEAK, *SOFT]) for peer in ("textbrewer", "modelopt")),
     *((peer, "inherit:tiny", [*WEAK, "members.large.hard_weight=0.25"]) for peer in ("textbrewer", "modelopt")),
@@ -39,6 +41,8 @@ UNLIKE = [
     *((peer, "ctcd:tiny", [], ONE_STUDENT) for peer in ("textbrewer", "modelopt")),
     *((peer, "one-way:tiny", [], ONE_STUDENT) for peer in ("textbrewer", "modelopt")),
     *((peer, "standalone:tiny", [], ONE_STUDENT) for peer in ("textbrewer", "modelopt")),
+    ("textbrewer", "dwt:tiny", [*WEAK, *THIRD], ONE_STUDENT),
+    ("modelopt", "dwt:tiny", [*WEAK, "members.large.frozen=true", *THIRD, TO_THIRD], ONE_STUDENT),
     ("textbrewer", "dwt:tiny", [*WEAK, "distillation.0.divergence=reverse_kl"], "the forward KL of logits only"),
     ("pytorch-dml", "dwt:tiny", WEAK, MUTUAL),
     ("pytorch-dml", "one-way:tiny", [], MUTUAL),

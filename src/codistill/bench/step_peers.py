@@ -169,7 +169,7 @@ def _predicted(labels_BT: Tensor, causal: bool) -> Tensor:
 
 def _only_edge(run: Run) -> DistillationConfig:
     edges = _of_forward_kl(run)
-    if len(run.trained) != 1 or len(edges) != 1 or edges[0].teacher in run.trained:
+    if len(run.trained) != 1 or len(edges) != 1:
         raise UserError("it trains one student of one frozen teacher, and nothing else")
     return edges[0]
 
@@ -177,7 +177,7 @@ def _only_edge(run: Run) -> DistillationConfig:
 def _mutual_edge(run: Run) -> DistillationConfig:
     edges, members = _of_forward_kl(run), run.members
     all_pairs = {(teacher, student) for teacher in members for student in members if teacher != student}
-    if any(m.frozen for m in members.values()) or not edges or {(e.teacher, e.student) for e in edges} != all_pairs:
+    if not edges or {(e.teacher, e.student) for e in edges} != all_pairs:
         raise UserError("it trains models that all teach one another, and nothing else")
     alike = all((e.weight, e.temperature) == (edges[0].weight, edges[0].temperature) for e in edges)
     if not alike or any(m.hard_weight != next(iter(members.values())).hard_weight for m in members.values()):
