@@ -17,7 +17,7 @@ def interleaved(steps: Mapping[str, Callable[[], None]], runs: int, device: str)
     down slows all of them; the order moves on by one each time, and one turn before the first is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
-    for turn in range(runs + 1):
+    for turn in range(runs + 1 if names else 0):
         at = turn % len(names)
         for name in names[at:] + names[:at]:
             spent = _seconds(steps[name], device)

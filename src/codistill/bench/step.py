@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from codistill.bench.measure import interleaved, machine, peak_bytes, summary
 from codistill.bench.phases import phases, product_rate
+from codistill.bench.step_peers import modelopt, pytorch_dml, textbrewer
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
 from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
@@ -42,6 +43,9 @@ PROVIDERS: Mapping[str, Provider] = {
     "plain, all rows": Provider(plain(all_rows=True)),
     "plain, compiled": Provider(plain(compiled=True)),
     "plain, Liger's loss": Provider(plain(liger=True), "liger-kernel"),
+    "textbrewer": Provider(textbrewer, "textbrewer"),
+    "modelopt": Provider(modelopt, "nvidia-modelopt"),
+    "pytorch-dml": Provider(pytorch_dml, "pytorch-dml"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Who trains two models in `codistill bench step`: ours, the plain loops that people write, and peers.
+"""Who trains two models in `codistill bench step`: ours, and the plain loops that people write.
 
 Every loop trains with the same batches, hard and soft losses, clipping and AdamW. Shape suffixes: B sequences,
 T position, N predicted rows, V vocabulary.
@@ -76,7 +76,7 @@ def plain(
             model.set_attn_implementation("sdpa")
         hidden = {name: _logits_at(model, all_rows, liger, compiled) for name, model in models.items()}
         loss = torch.compile(_plain_loss, dynamic=False) if compiled else _plain_loss
-        optimizers = {m.name: _adamw(m.optimizers[0]) for m in cohort.trained}
+        trained = {m.name for m in cohort.trained}
 
         def gradients(step: int, micro_batches: Sequence[Batch]) -> None:
             edges = logit_edges(cohort, step)
@@ -85,7 +85,7 @@ def plain(
                 with torch.autocast(device.type, cohort.precision, enabled=cohort.precision != torch.float32):
                     found = {}
                     for name, model_hidden in hidden.items():
-                        with torch.set_grad_enabled(name in optimizers):
+                        with torch.set_grad_enabled(name in trained):
                             found[name] = model_hidden(batch)
                     labels = _all_labels(batch) if all_rows else batch.labels_N
                     total = (
@@ -93,17 +93,24 @@ def plain(
                     )
                 (total / len(micro_batches)).backward()
 
-        def update(step: int) -> None:
-            for member in cohort.trained:
-                torch.nn.utils.clip_grad_norm_(member.predictor.parameters(), member.clip)
-                for group in optimizers[member.name].param_groups:
-                    group["lr"] = 0.0 if member.lr is None else value_at(member.lr, step)
-                optimizers[member.name].step()
-                optimizers[member.name].zero_grad(set_to_none=True)
-
-        return Loop(models, gradients, update)
+        return Loop(models, gradients, plain_update(cohort))
 
     return make
+
+
+def plain_update(cohort: Cohort) -> Callable[[int], None]:
+    """Clips, steps PyTorch's AdamW and clears, one trained member after the other."""
+    optimizers = {m.name: _adamw(m.optimizers[0]) for m in cohort.trained}
+
+    def update(step: int) -> None:
+        for member in cohort.trained:
+            torch.nn.utils.clip_grad_norm_(member.predictor.parameters(), member.clip)
+            for group in optimizers[member.name].param_groups:
+                group["lr"] = 0.0 if member.lr is None else value_at(member.lr, step)
+            optimizers[member.name].step()
+            optimizers[member.name].zero_grad(set_to_none=True)
+
+    return update
 
 
 def _of_cohort(built: Built) -> Loop:
