@@ -39,6 +39,20 @@ def test_memory_is_within_15_percent_of_what_is_then_counted(recipe, settings):
     assert most_at_once(memory, accumulates=run.batch.accumulate > 1) == pytest.approx(measured, rel=0.15)
 
 
+def test_on_a_cpu_no_copy_of_the_output_embedding_is_planned():
+    run = load(override(to_dict(find("ctcd:tiny")), ["members.small.model.width=64"]))
+    models = {name: model_of(run, name, 5000) for name in run.members}
+    buffers = {
+        (precision, device): memory_of(run, models, 5000, precision, device)["the loss's buffers"]
+        for precision in (torch.float32, torch.bfloat16)
+        for device in ("cpu", "cuda")
+    }
+    features = 64 * 19 * (128 + 64)  # of the predicted rows, 2 bytes instead of 4
+    assert buffers[torch.float32, "cpu"] - buffers[torch.bfloat16, "cpu"] == 2 * features
+    copies = 2 * 5000 * (128 + 64)
+    assert buffers[torch.bfloat16, "cuda"] - buffers[torch.float32, "cuda"] == copies - 2 * features
+
+
 def test_a_plan_says_what_the_run_then_says(text, teacher, tmp_path):
     run = with_teachers("dwt", text, teacher, f"data.tokenizer={teacher}")
     found = plan(run, CPU)

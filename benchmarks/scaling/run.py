@@ -19,6 +19,7 @@ the loss's buffers; of rows × vocabulary only a chunk is ever there.
 import argparse
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -284,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, help="a picture of all axes in the result")
     given = parser.parse_args(arguments)
     device = torch.device(given.device)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes into the progress
     keep_freed_memory()  # as a run does
     points = {axis: points_of(axis, given.device) for axis in given.axes}
     result = merged(survey(points, device, RUNS[given.device]), given.out, device)

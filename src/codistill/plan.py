@@ -99,9 +99,8 @@ def memory_of(
     loss = buffer_bytes(rows, vocabulary, len(models), device)
     if device == "cpu":  # elsewhere Triton's kernels need none
         loss += scratch_bytes(chunk, vocabulary, len(softmaxes), len(trained), len(run.distillation), device)
-    # In bfloat16 the loss's products take copies of the output embedding, and the features' gradients are kept.
-    loss += sum(rows * costs[name].width * precision.itemsize for name in trained)
-    if precision != torch.float32:
+    loss += sum(rows * costs[name].width * precision.itemsize for name in trained)  # the features' gradients
+    if precision != torch.float32 and device != "cpu":  # where the products take a copy of the output embedding
         loss += sum(vocabulary * cost.width * precision.itemsize for cost in costs.values())
     return {
         "parameters": 4 * sum(cost.parameters for cost in costs.values()),
