@@ -60,6 +60,7 @@ def test_the_plan_is_within_15_percent_of_what_tensors_then_take(scaling, toy, c
     assert row["predicted_bytes"] == pytest.approx(row["measured_bytes"], rel=0.15)
     states_and_parameters = 3 * 4 * row["parameters"]
     assert row["measured_bytes"] > states_and_parameters
+    assert set(row["phases"]) == {"forward", "loss", "backward", "update"}
     assert row["tokens_per_second"] * row["seconds"]["median"] == pytest.approx(4 * 64)
     assert row["utilisation"] * row["seconds"]["median"] == pytest.approx(row["flops"] / 1e9)
 

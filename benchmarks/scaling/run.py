@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from codistill.bench.measure import interleaved, live_bytes, machine, summary
-from codistill.bench.phases import product_rate
+from codistill.bench.phases import phases, product_rate
 from codistill.bench.step import step_flops
 from codistill.blocks import COLOURS
 from codistill.build import resolved_precision
@@ -69,6 +69,7 @@ SIZES = {  # layers × width
     "cuda": [(6, 64), (6, 512), (12, 768), (16, 1024), (24, 1536)],
 }
 RUNS = {"cpu": 5, "cuda": 9}
+_PHASE_RUNS = 2
 
 # axis -> (what the figure calls it, where a point of the result stands on it)
 AXES = {
@@ -105,7 +106,8 @@ def run_of(point: Point) -> Run:
 
 def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> dict[str, Any]:
     """A point's row: what it is, FLOPs and bytes as predicted, and, unless it does not fit, which `reason` then says:
-    seconds, tokens a second, utilisation (of `rate`), and the most bytes that tensors took at once."""
+    seconds, tokens a second, utilisation (of `rate`), seconds of a step's parts, and the most bytes that tensors took
+    at once."""
     gc.collect()
     run = run_of(point)
     precision = getattr(torch, resolved_precision(run, device))
@@ -123,6 +125,7 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
         cohort = made_up_cohort(run, models, point.vocabulary, device, precision)
         most = peak_of_tensors(cohort, batch)
         seconds = summary(interleaved({"step": lambda: _step(cohort, batch)}, runs, device.type)["step"])
+        parts = phases(cohort, lambda step: None, [[batch]], _PHASE_RUNS)
     except RuntimeError as error:  # of a CPU's allocator, which has no type of its own
         if "memory" not in str(error):
             raise
@@ -132,6 +135,7 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
         "measured_bytes": most,
         "ratio_of_bytes": predicted / most,
         "seconds": seconds,
+        "phases": {name: spent for name, spent in parts.items() if name != "data"},
         "tokens_per_second": tokens / seconds["median"],
         "utilisation": flops / seconds["median"] / rate,
     }
