@@ -221,12 +221,12 @@ def _draw(place: Any, axis: str, points: Sequence[Mapping[str, Any]]) -> None:
         x, middle, spread, marker="o", markersize=4, linewidth=1.4, capsize=2, color=COLOURS[0], label="measured"
     )
     place.set_xlabel(label, fontsize=8)
-    if axis == "members":
+    if axis in ("members", "rows"):
         place.set_ylim(bottom=0)
     else:
         place.set_xscale("log")
         place.set_yscale("log")
-        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        place.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_locator(NullLocator())
         place.xaxis.set_minor_locator(NullLocator())
