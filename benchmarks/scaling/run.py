@@ -109,6 +109,7 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
     seconds, tokens a second, utilisation (of `rate`), seconds of a step's parts, and the most bytes that tensors took
     at once."""
     gc.collect()
+    torch.cuda.empty_cache()  # what it kept of the point before would count as taken
     run = run_of(point)
     precision = getattr(torch, resolved_precision(run, device))
     models = {name: model_of(run, name, point.vocabulary) for name in run.members}
