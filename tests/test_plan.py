@@ -2,30 +2,18 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from codistill import plan as planning
+from codistill.bench.measure import live_bytes
 from codistill.cli import main
 from codistill.config import ModelConfig
 from codistill.loading import load, override, to_dict
-from codistill.plan import memory_of, plan
+from codistill.plan import made_up_batch, made_up_cohort, memory_of, model_of, most_at_once, plan
 from codistill.recipes import find
 from runs import small_run, with_teachers
 
 CPU = torch.device("cpu")
 WIDE = ["members.large.model.width=128", "data.tokenizer=train:wordpiece:8000", "batch.sequences=16"]
-
-
-def live_bytes(work) -> int:
-    """The most that tensors took at once beyond what there was before, by the profiler's count of every allocation."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        work()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
 
 
 @pytest.mark.parametrize(
@@ -40,17 +28,29 @@ def live_bytes(work) -> int:
 def test_memory_is_within_15_percent_of_what_is_then_counted(recipe, settings):
     run = load(override(to_dict(find(recipe)), settings))
     precision, vocabulary = getattr(torch, run.precision), planning._vocabulary(run)
-    models = {name: planning._model(run, name, vocabulary) for name in run.members}
-    found = planning.Plan(
-        0, {}, {}, memory_of(run, models, vocabulary, precision, "cpu"), None, accumulates=run.batch.accumulate > 1
-    )
-    cohort = planning._made_up(run, models, vocabulary, CPU, precision)
+    models = {name: model_of(run, name, vocabulary) for name in run.members}
+    memory = memory_of(run, models, vocabulary, precision, "cpu")
+    cohort = made_up_cohort(run, models, vocabulary, CPU, precision)
     resident = sum(t.numel() * t.element_size() for m in cohort.members.values() for t in m.predictor.parameters())
-    batches = [planning._batch(run, vocabulary) for _ in range(run.batch.accumulate)]
+    batches = [made_up_batch(run, vocabulary) for _ in range(run.batch.accumulate)]
     resident += 2 * sum(p.numel() * 4 for m in cohort.trained for p in m.parameters)  # AdamW's, made in the first step
     cohort.step(0, batches)
     measured = resident + live_bytes(lambda: cohort.step(1, batches))
-    assert found.peak_bytes == pytest.approx(measured, rel=0.15)
+    assert most_at_once(memory, accumulates=run.batch.accumulate > 1) == pytest.approx(measured, rel=0.15)
+
+
+def test_on_a_cpu_no_copy_of_the_output_embedding_is_planned():
+    run = load(override(to_dict(find("ctcd:tiny")), ["members.small.model.width=64"]))
+    models = {name: model_of(run, name, 5000) for name in run.members}
+    buffers = {
+        (precision, device): memory_of(run, models, 5000, precision, device)["the loss's buffers"]
+        for precision in (torch.float32, torch.bfloat16)
+        for device in ("cpu", "cuda")
+    }
+    features = 64 * 19 * (128 + 64)  # of the predicted rows, 2 bytes instead of 4
+    assert buffers[torch.float32, "cpu"] - buffers[torch.bfloat16, "cpu"] == 2 * features
+    copies = 2 * 5000 * (128 + 64)
+    assert buffers[torch.bfloat16, "cuda"] - buffers[torch.float32, "cuda"] == copies - 2 * features
 
 
 def test_a_plan_says_what_the_run_then_says(text, teacher, tmp_path):

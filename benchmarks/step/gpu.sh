@@ -3,6 +3,7 @@
 # the loops that people write; the weak-teacher step beside the student alone; what `train --plan` says of its memory.
 # Run it in the repository root with a BERT vocabulary as .gpu/vocab.txt; results go to $OUT if that is set.
 #   DEVICE=cpu LAYERS=2 WIDTH=64 SEQUENCES=4 RUNS=1 sh benchmarks/step/gpu.sh   tries the script itself without a GPU.
+# How it grows with size, members, rows and vocabulary: python benchmarks/scaling/run.py --device cuda --out FILE
 set -eu
 export PYTHONPATH="src:${PYTHONPATH:-}"
 device=${DEVICE:-cuda} layers=${LAYERS:-12} width=${WIDTH:-768} sequences=${SEQUENCES:-128} runs=${RUNS:-9}

@@ -41,19 +41,15 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is in use at once: the larger of the moment after the loss and the end of the backward pass."""
-        parts = self.memory
-        steady = parts["parameters"] + parts["optimizer states"]
-        after_loss = parts["activations"] + parts["the loss's buffers"] + parts["gradients of output layers"]
-        kept = parts["gradients"] if self.accumulates else 0  # of the micro-batches before
-        return steady + max(after_loss + kept, parts["gradients"])
+        """The most that is in use at once."""
+        return most_at_once(self.memory, accumulates=self.accumulates)
 
 
 def plan(run: Run, device: torch.device) -> Plan:
     """The plan of `run` on one `device`. Reads no text; UserError where a pre-trained member cannot be read."""
     vocabulary = _vocabulary(run)
     precision = resolved_precision(run, device)
-    models = {name: _model(run, name, vocabulary) for name in run.members}
+    models = {name: model_of(run, name, vocabulary) for name in run.members}
     rows = _rows(run)
     flops = member_flops(run, models, rows=rows, steps=run.steps)
     memory = memory_of(run, models, vocabulary, getattr(torch, precision), device.type)
@@ -103,9 +99,8 @@ def memory_of(
     loss = buffer_bytes(rows, vocabulary, len(models), device)
     if device == "cpu":  # elsewhere Triton's kernels need none
         loss += scratch_bytes(chunk, vocabulary, len(softmaxes), len(trained), len(run.distillation), device)
-    # In bfloat16 the loss's products take copies of the output embedding, and the features' gradients are kept.
-    loss += sum(rows * costs[name].width * precision.itemsize for name in trained)
-    if precision != torch.float32:
+    loss += sum(rows * costs[name].width * precision.itemsize for name in trained)  # the features' gradients
+    if precision != torch.float32 and device != "cpu":  # where the products take a copy of the output embedding
         loss += sum(vocabulary * cost.width * precision.itemsize for cost in costs.values())
     return {
         "parameters": 4 * sum(cost.parameters for cost in costs.values()),
@@ -117,12 +112,21 @@ def memory_of(
     }
 
 
+def most_at_once(memory: Mapping[str, int], *, accumulates: bool = False) -> int:
+    """Bytes in use at once, at most, of the parts that `memory_of` gives: the larger of the moment after the loss and
+    the end of the backward pass."""
+    steady = memory["parameters"] + memory["optimizer states"]
+    after_loss = memory["activations"] + memory["the loss's buffers"] + memory["gradients of output layers"]
+    kept = memory["gradients"] if accumulates else 0  # of the micro-batches before
+    return steady + max(after_loss + kept, memory["gradients"])
+
+
 def seconds_a_step(
     run: Run, models: dict[str, PreTrainedModel], vocabulary: int, device: torch.device, precision: torch.dtype
 ) -> float:
     """The least of a few steps' times on made-up tokens, with all members and edges, not compiled."""
-    cohort = _made_up(run, models, vocabulary, device, precision)
-    batches = [_batch(run, vocabulary).to(device) for _ in range(run.batch.accumulate)]
+    cohort = made_up_cohort(run, models, vocabulary, device, precision)
+    batches = [made_up_batch(run, vocabulary).to(device) for _ in range(run.batch.accumulate)]
     seconds = []
     for step in range(_STEPS_TRIED):
         start = time.perf_counter()
@@ -133,9 +137,10 @@ def seconds_a_step(
     return min(seconds)
 
 
-def _made_up(
+def made_up_cohort(
     run: Run, models: dict[str, PreTrainedModel], vocabulary: int, device: torch.device, precision: torch.dtype
 ) -> Cohort:
+    """A cohort of `models` on `device`, those on the meta device with random numbers; its learning rates are 0."""
     members = []
     for name, model in models.items():
         predictor = Predictor(_materialised(model, device), vocabulary)
@@ -152,7 +157,7 @@ def _materialised(model: PreTrainedModel, device: torch.device) -> PreTrainedMod
         return type(model)(model.config)
 
 
-def _batch(run: Run, vocabulary: int) -> Batch:
+def made_up_batch(run: Run, vocabulary: int) -> Batch:
     """Made-up tokens; predicted are as many rows as a run's micro-batch has."""
     count = run.batch.sequences // run.batch.accumulate
     ids_BT = torch.randint(vocabulary, (count, run.data.length))
@@ -178,7 +183,8 @@ def _vocabulary(run: Run) -> int:
     return parse_training_spec(spec)[1] if spec.startswith("train:") else vocabulary_size(load_tokenizer(spec))
 
 
-def _model(run: Run, name: str, vocabulary: int) -> PreTrainedModel:
+def model_of(run: Run, name: str, vocabulary: int) -> PreTrainedModel:
+    """The member `name` of `run`: as it is stored, or on the meta device one that is yet to be made."""
     member = run.members[name]
     if member.model is None:
         field = f"members.{name}.path"

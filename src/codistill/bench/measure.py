@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved(steps: Mapping[str, Callable[[], None]], runs: int, device: str) -> dict[str, list[float]]:
@@ -44,6 +45,19 @@ def peak_bytes(step: Callable[[], None], device: str) -> int | None:
         return _status("VmHWM") - before
     except OSError:
         return None
+
+
+def live_bytes(step: Callable[[], object]) -> int:
+    """The most that tensors on the CPU took at once in one run, beyond what they took before it, by the profiler's
+    count of every allocation: without what a library or the allocator keeps for itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def summary(seconds: list[float]) -> dict:

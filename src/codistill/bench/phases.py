@@ -8,20 +8,22 @@ from typing import Any
 import torch
 
 from codistill.bench.step_providers import logit_edges
-from codistill.build import Built
+from codistill.cohort import Cohort
 from codistill.objectives import Batch
 
 
-def phases(built: Built, batches: Sequence[Sequence[Batch]], runs: int) -> dict[str, float]:
-    """Median seconds of the parts of a step with one micro-batch, each waited for: data, forward, loss, backward,
-    update (clipping and optimizers)."""
-    cohort, device = built.cohort, built.cohort.device
+def phases(
+    cohort: Cohort, data: Callable[[int], object], batches: Sequence[Sequence[Batch]], runs: int
+) -> dict[str, float]:
+    """Median seconds of the parts of a step with one micro-batch, each waited for: data (what `data` does for a step),
+    forward, loss, backward, update (clipping and optimizers)."""
+    device = cohort.device
     seconds: dict[str, list[float]] = {name: [] for name in ("data", "forward", "loss", "backward", "update")}
     for step in range(runs + 1):
         batch, edges = batches[step % len(batches)][0], logit_edges(cohort, step)
         rows = torch.full((), float(len(batch.labels_N)), device=device)
         clock = _Clock(device)
-        clock.time("data", lambda: built.batches.at(step))  # noqa: B023  called at once
+        clock.time("data", lambda: data(step))  # noqa: B023  called at once
         features = clock.time(
             "forward",
             lambda: {m.name: cohort._features(m, batch, step, 0) for m in cohort.members.values()},  # noqa: B023

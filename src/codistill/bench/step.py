@@ -86,6 +86,7 @@ def bench_step(
         if "seconds" in row:
             row["tokens_per_second"] = tokens / row["seconds"]["median"]
             row["utilisation"] = flops / row["seconds"]["median"] / rate
+    afresh = build(run, place)
     packages = [p.package for p in PROVIDERS.values() if p.package]
     result = {
         "benchmark": "step",
@@ -93,7 +94,7 @@ def bench_step(
         "machine": machine(place.type, ("transformers", *packages)) | {"product_flops_per_second": rate},
         "date": time.strftime("%Y-%m-%d"),
         "results": list(rows.values()),
-        "phases": phases(build(run, place), batches, runs),
+        "phases": phases(afresh.cohort, afresh.batches.at, batches, runs),
     }
     _show(result)
     if out is not None:
