@@ -13,7 +13,7 @@ FLOORS = [
     {"distributed"},
     {"schedules", "divergences", "machine", "data", "checkpoint"},
     {"config"},
-    {"loading"},
+    {"loading", "findings"},
     {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance", "model_card", "edges", "taps"},
     {"members", "watch", "teacher_cache"},
     {"relations"},

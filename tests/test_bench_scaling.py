@@ -122,8 +122,17 @@ def test_axes_can_be_measured_one_at_a_time_into_one_file_and_drawn(scaling, toy
     assert list(measured.get_ydata()) == medians
 
 
-def test_axes_of_two_machines_are_not_put_into_one_file(scaling, tmp_path):
+def test_axes_of_two_machines_are_not_put_into_one_file(scaling, tmp_path, monkeypatch):
     out = tmp_path / "cpu.json"
     out.write_text(json.dumps({"machine": {"device": "another"}, "axes": {}}))
+    monkeypatch.setattr(scaling, "survey", None)  # nothing is measured that could not be kept
     with pytest.raises(SystemExit, match="was measured on another machine"):
-        scaling.merged({"size": {}}, out, CPU)
+        scaling.main(["--axes", "size", "--out", str(out)])
+    out.write_text("{")
+    with pytest.raises(SystemExit, match="is no result of this benchmark"):
+        scaling.main(["--axes", "size", "--out", str(out)])
+
+
+def test_nothing_to_draw_is_one_line(scaling, tmp_path):
+    with pytest.raises(SystemExit, match="there is nothing to show"):
+        scaling.main(["--axes", "--figure", str(tmp_path / "figure.png")])

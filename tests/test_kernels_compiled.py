@@ -76,6 +76,18 @@ def test_compiled_it_equals_autograd_and_is_compiled_once(compiler):
 
 
 @pytest.mark.usefixtures("compiler")
+def test_compiled_with_a_frozen_member_squared_errors_and_rows_for_alignment():
+    edges = [Edge("ann", "bob", 0.7, 1.0, "squared_error"), Edge("cyd", "bob", 0.5, 2.0), Edge("cyd", "ann", 1.3)]
+    case = make(3, rows=9, vocabulary=40, edges=edges, frozen=("cyd",))
+    assert worst_error(case, impl="chunked", compiled=True, chunk_rows=4) < 1e-12
+    extra = torch.full((8, 5), 1e6, dtype=torch.float64)
+    padded = make(3, rows=9, vocabulary=40, edges=edges, frozen=("cyd",))
+    padded.weight["ann"] = torch.cat([case.weight["ann"].detach(), extra]).requires_grad_()
+    padded.bias["ann"] = torch.cat([case.bias["ann"].detach(), extra[:, 0]]).requires_grad_()
+    assert compiled(padded, chunk_rows=4, vocabulary=40).total == compiled(case, chunk_rows=4).total
+
+
+@pytest.mark.usefixtures("compiler")
 def test_float32_is_as_exact_as_plain_pytorch():
     edges = [Edge("ann", "bob", 1.0, 2.0), Edge("bob", "ann", 1.0, 1.0, "jensen_shannon")]
     case = make(rows=252, vocabulary=1000, edges=edges, spread=4.0).to(torch.float32)

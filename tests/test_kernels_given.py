@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codistill.errors import UserError
-from codistill.kernels import Edge, SparseLogits, linear_cohort_loss
+from codistill.kernels import Edge, SparseLogits, compiled_rows, linear_cohort_loss
 
 ROWS, SIZE, WIDTH, FEW = 23, 37, 6, 5
 
@@ -36,18 +36,22 @@ def dense(given: SparseLogits) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("impl", ["reference", "chunked", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "chunked", "compiled", "triton"])
 @pytest.mark.parametrize(
     ("divergence", "temperature"), [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jensen_shannon", 0.5)]
 )
-def test_given_logits_are_dense_logits_of_the_same_numbers(impl, divergence, temperature):
+def test_given_logits_are_dense_logits_of_the_same_numbers(impl, divergence, temperature, monkeypatch):
     if impl == "triton":
         require_triton()
+    way = {"impl": impl}
+    if impl == "compiled":  # its formulas; test_kernels_compiled.py compiles them
+        monkeypatch.setattr(compiled_rows, "_compiled", lambda: compiled_rows.solve_block)
+        way = {"impl": "chunked", "compiled": True}
     student, weight, labels, given = problem()
     edge = Edge("teacher", "student", 0.7, temperature, divergence)
     settings = {"hard_weight": {"student": 0.5}, "edges": [edge]}
     ours = linear_cohort_loss(
-        {"teacher": given, "student": student}, {"student": weight}, {}, labels, impl=impl, chunk_rows=9, **settings
+        {"teacher": given, "student": student}, {"student": weight}, {}, labels, chunk_rows=9, **way, **settings
     )
     settings["hard_weight"]["teacher"] = 0.0
     hidden = {"teacher": dense(given), "student": student}

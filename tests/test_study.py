@@ -116,11 +116,10 @@ def test_a_plan_counts_every_model_once_and_a_frozen_teachers_passes(tmp_path, m
         return Plan(0, {}, {"one": {"own": 300 * layers, "teachers": 0}}, {}, 60.0 * layers)
 
     monkeypatch.setattr("codistill.study.plan.plan", plan_of)
-    lines = plan_lines(request(tmp_path / "new"), jobs=1, devices=["cpu"])
-    assert 600 + 300 + 300 + (600 + 100) == 1900
-    seconds = 120 + 60 + 60 + (120 + 20) + 3 * 15
-    assert lines[-1].startswith("left: 4 models in 3 cohorts, 1.9e+03 FLOPs; with 1 at once about ")
-    assert f"about {round(seconds / 60)} min" in lines[-1]
+    lines = plan_lines(request(tmp_path / "new"), None, jobs=1, devices=["cpu"])
+    flops, seconds = 600 + 300 + 300 + (600 + 100), 120 + 60 + 60 + (120 + 20) + 3 * 15
+    assert lines[-1].startswith(f"left: 4 models in 3 cohorts, {flops:.2g} FLOPs; with 1 at once about ")
+    assert f"about {round(seconds / 60)} min, BLiMP not counted" in lines[-1]
 
 
 def test_another_studys_cell_of_the_same_content_is_used(finished, data):
@@ -262,7 +261,7 @@ def test_a_model_on_the_plateau_is_named():
 # ---- running, failing, stopping: with a worker that only pretends ---------------------------------
 
 PRETENDER = textwrap.dedent("""
-    import json, pathlib, signal, sys, time
+    import json, os, pathlib, signal, sys, time
     request = json.loads(pathlib.Path(sys.argv[1]).read_text())
     run, out = pathlib.Path(request["run"]).read_text(), pathlib.Path(request["out"])
     with open(pathlib.Path(__file__).with_suffix(".calls"), "a") as calls:
@@ -273,8 +272,10 @@ PRETENDER = textwrap.dedent("""
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(60)
     if "full--" in run:
         print("no space", file=sys.stderr); sys.exit(1)
-    if "large--" in run.replace("--large", ""):
+    if "large--" in run.replace("--large", "") or ("crowd--" in run and len(request["members"]) > 1):
         print("CUDA out of memory", file=sys.stderr); sys.exit(4)
+    if "killed--" in run:
+        (out / "checkpoints").mkdir(parents=True); os.kill(os.getpid(), signal.SIGKILL)
     member = dict(loss=5.0, accuracy=0.1, parameters=10, flops=dict(own=6, teachers=0), seconds=1.0)
     for name in request["members"]:
         folder = out / "members" / name
@@ -346,6 +347,23 @@ def test_what_there_is_no_memory_for_leaves_the_rest(means, tmp_path):
     ]
     cells, keys = Cells(tmp_path / "out"), keys_of(every)
     assert {arm.name for arm in every if cells.get(keys[arm.place]) is not None} == {"alone", "pair"}
+
+
+def test_a_cohort_that_there_is_no_memory_for_is_tried_arm_by_arm(means, tmp_path):
+    every = renamed(alone="crowd")  # shares a cohort with `pair`, and fits alone
+    told = []
+    assert execute(every, tmp_path / "out", means, lambda done, note, total: told.append((done, total))) == []
+    cells, keys = Cells(tmp_path / "out"), keys_of(every)
+    assert all(cells.get(keys[arm.place]) is not None for arm in every)
+    assert all(done <= total for done, total in told)
+    assert told[-1][0] == told[-1][1]
+
+
+def test_a_process_that_is_killed_is_no_result_and_leaves_its_checkpoints(means, tmp_path):
+    with pytest.raises(MachineError, match="signal 9"):
+        execute(renamed(teacher="killed"), tmp_path / "out", means)
+    assert len(list((tmp_path / "out" / "work").glob("*/checkpoints"))) == 1
+    assert len(list((tmp_path / "out" / "work").glob("*.log"))) >= 1
 
 
 def test_a_study_with_too_little_memory_makes_its_table_and_says_what_is_missing(data, tmp_path, monkeypatch):

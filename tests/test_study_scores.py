@@ -9,12 +9,14 @@ import pytest
 from scipy import stats
 
 from codistill.blocks import to_markdown
+from codistill.evaluate.results import to_json
 from codistill.evaluate.run import evaluate
 from codistill.study.analysis import analysis
 from codistill.study.cells import Cells
+from codistill.study.harvest import _glue
 from codistill.study.page import study_blocks
 from codistill.study.run import Request, missing_cells, run_study
-from codistill.study.scoring import GLUE, found_in
+from codistill.study.scoring import GLUE, found_in, is_scored, with_scores
 from studies import SCALE, STUDY, arms, data_folder
 from test_study import keys_of, made_up
 
@@ -71,6 +73,7 @@ def test_a_cell_that_lacks_a_score_is_missing_once_there_are_examples(finished, 
     assert there == ("blimp", "glue/sst2")
     every = scored(finished).arms
     assert missing_cells(every, Cells(finished), there) == []
+    assert missing_cells(every, Cells(finished)) == []
     assert len(missing_cells(every, Cells(finished), TASKS)) == 4
 
 
@@ -107,6 +110,31 @@ def test_a_mean_without_one_of_its_tasks_is_empty_and_says_why():
     assert found["regimes"]["one pass"]["rows"]["taught/large"]["glue"]["mean"] is None
     assert found["regimes"]["one pass"]["contrasts"][0]["glue"]["verdict"] == "not known"
     assert found["failed"][0]["failed"] == "glue/rte of large: no rte"
+
+
+def test_a_score_that_is_no_number_is_empty_and_says_why(tmp_path):
+    """As `codistill evaluate` writes the correlation of predictions that are all alike."""
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    cell = {"model": "run/one", "task": "glue/stsb", "score": float("nan"), "failed": "", "counted": {"partial": {}}}
+    (tmp_path / "run" / "scores" / "results.json").write_text(to_json({"cells": [cell]}))
+    found = _glue(tmp_path / "run", "one")
+    assert found == {"stsb": {"failed": "its score is nan: the predictions are all alike"}}
+    cells = [graded("alone", 0, 0.0), graded("taught", 0, 0.0, **found)]
+    assert analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["rows"]["taught/large"]["glue"]["mean"] is None
+
+
+def test_a_score_that_failed_is_an_answer_and_scores_are_not_lost():
+    """What was asked and failed is not asked again; what is asked later stands beside what is known."""
+    failed = graded("alone", 0, 0.0, rte={"failed": "no rte"})
+    assert is_scored(failed["members"]["large"], ("glue/rte", "glue/sst2"))
+    assert not is_scored(failed["members"]["large"], ("blimp",))
+    old = made_up("alone", 0, 5.0, blimp=0.6) | {"agreement": 0.9}
+    found = with_scores(failed, old)
+    assert found["members"]["large"]["blimp"] == {"score": 0.6, "pairs": 100}
+    assert found["members"]["large"]["glue"] == failed["members"]["large"]["glue"]
+    assert found["agreement"] == 0.9
+    other = old | {"text": {"train": "c", "validation": "b"}}
+    assert with_scores(failed, other) == failed
 
 
 def test_without_glue_there_are_no_empty_columns():

@@ -39,7 +39,7 @@ from codistill.blocks import COLOURS
 from codistill.build import resolved_precision
 from codistill.cohort import Cohort
 from codistill.config import BatchSize, Data, DistillationConfig, MemberConfig, ModelConfig, Objective, Run
-from codistill.machine import keep_freed_memory
+from codistill.machine import is_out_of_memory, keep_freed_memory
 from codistill.members import Predictor
 from codistill.objectives import Batch
 from codistill.plan import made_up_batch, made_up_cohort, memory_of, model_of, most_at_once, why_not_try
@@ -127,8 +127,8 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
         most = peak_of_tensors(cohort, batch)
         seconds = summary(interleaved({"step": lambda: _step(cohort, batch)}, runs, device.type)["step"])
         parts = phases(cohort, lambda step: None, [[batch]], _PHASE_RUNS)
-    except RuntimeError as error:  # of a CPU's allocator, which has no type of its own
-        if "memory" not in str(error):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         return row | {"reason": f"out of memory: {str(error).splitlines()[0][:160]}"}
     tokens = point.sequences * point.length
@@ -181,18 +181,24 @@ def survey(points: Mapping[str, Sequence[Point]], device: torch.device, runs: in
     return axes
 
 
-def merged(found: Mapping[str, Any], place: Path | None, device: torch.device) -> dict[str, Any]:
-    """The newly `found` axes beside those that the file has, if it is of the same machine."""
+def known(place: Path | None, device: torch.device, *, is_added_to: bool) -> dict[str, Any]:
+    """What the file has; ends the program if it cannot be read, or cannot be added to: it is of another machine."""
     here = machine(device.type, ("transformers",))
-    before = json.loads(place.read_text()) if place is not None and place.is_file() else None
-    if before is not None and found and before["machine"] != here:
+    if place is None or not place.is_file():
+        return {"benchmark": "scaling", "machine": here, "axes": {}}
+    try:
+        before = dict(json.loads(place.read_text()))
+    except (ValueError, TypeError):
+        sys.exit(f"{place} is no result of this benchmark: give another file")
+    if is_added_to and before["machine"] != here:
         sys.exit(f"{place} was measured on another machine, or with other versions: give another file")
-    axes = {**(before or {"axes": {}})["axes"], **found}
-    return {
-        "benchmark": "scaling",
-        "machine": here if before is None else before["machine"],
-        "axes": {axis: axes[axis] for axis in AXES if axis in axes},
-    }
+    return before
+
+
+def merged(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The newly `found` axes beside those that are known."""
+    axes = {**before["axes"], **found}
+    return {**before, "axes": {axis: axes[axis] for axis in AXES if axis in axes}}
 
 
 def figure_of(result: Mapping[str, Any]) -> Any:
@@ -202,9 +208,11 @@ def figure_of(result: Mapping[str, Any]) -> Any:
     axes = result["axes"]
     figure = Figure(figsize=(10, 2.9), layout="constrained")
     for place, (axis, found) in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes.items(), strict=True):
-        _draw(place, axis, [point for point in found["points"] if "seconds" in point])
+        if timed := [point for point in found["points"] if "seconds" in point]:
+            _draw(place, axis, timed)
     figure.axes[0].set_ylabel("seconds a step", fontsize=8)
-    figure.axes[0].legend(frameon=False, fontsize=7, loc="best")
+    if figure.axes[0].lines:
+        figure.axes[0].legend(frameon=False, fontsize=7, loc="best")
     return figure
 
 
@@ -292,15 +300,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(given.device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes into the progress
     keep_freed_memory()  # as a run does
-    points = {axis: points_of(axis, given.device) for axis in given.axes}
-    result = merged(survey(points, device, RUNS[given.device]), given.out, device)
+    result = known(given.out, device, is_added_to=bool(given.axes))
+    for axis in given.axes:  # written one by one, so that a later one's failure costs only itself
+        result = merged(result, survey({axis: points_of(axis, given.device)}, device, RUNS[given.device]))
+        if given.out is not None:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(result, indent=1) + "\n")
+    if not result["axes"]:
+        sys.exit("there is nothing to show: name some --axes, or an --out that has some")
     console = Console()
     console.print(table(result))
     for line in reasons(result):
         console.print(line, style="dim", highlight=False)
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(json.dumps(result, indent=1) + "\n")
     if given.figure is not None:
         figure_of(result).savefig(given.figure, dpi=120, metadata={"Software": None})
 

@@ -29,12 +29,23 @@ def compile_layers(model: nn.Module) -> None:
     Layers that are alike share what was compiled, also those of other models in the process, so a deep model costs no
     more than a shallow one.
     """
-    # All layers are one function to the compiler, which gives up on a function after eight variants. Three widths of a
-    # ModernBERT, whose first, local and global layers differ, are nine.
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
+    # All layers are one function to the compiler. Three widths of a ModernBERT, whose first, local and global layers
+    # differ, are nine variants.
+    allow_variants()
     for layer in layers(model):
         layer.compile(dynamic=False)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it was raised for want of memory; a CPU's allocator has no error type of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def allow_variants() -> None:
+    """Lets PyTorch's compiler make as many variants of a function as a cohort of different members needs: it gives up
+    after eight by default."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from rich.box import SIMPLE
@@ -13,6 +14,7 @@ from codistill.build import adamw, edges_of, resolved_precision
 from codistill.cohort import Cohort, Member
 from codistill.config import Run
 from codistill.costs import forward_cost, member_flops
+from codistill.data.corpus import read_manifest
 from codistill.data.tokenizers import load_tokenizer, parse_training_spec, vocabulary_size
 from codistill.errors import UserError
 from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
@@ -28,7 +30,8 @@ _MOST_FLOPS_TRIED = {"cpu": 2e12, "cuda": 2e15}  # of a step: above, trying some
 class Plan:
     """`flops` as in `costs.member_flops`. `memory`: bytes of each part. `seconds`: of the whole run, from
     steps tried here on made-up tokens, without held-out scores; None where they were not tried, and `why_not`.
-    `accumulates`: several micro-batches a step.
+    `accumulates`: several micro-batches a step. `passes`: how often the text is seen, None where its
+    length is not known.
     """
 
     tokens: int
@@ -38,6 +41,7 @@ class Plan:
     seconds: float | None
     why_not: str = ""
     accumulates: bool = False
+    passes: float | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -46,7 +50,7 @@ class Plan:
 
 
 def plan(run: Run, device: torch.device) -> Plan:
-    """The plan of `run` on one `device`. Reads no text; UserError where a pre-trained member cannot be read."""
+    """The plan of `run` on one `device`. Prepares no text; UserError where a pre-trained member cannot be read."""
     vocabulary = _vocabulary(run)
     precision = resolved_precision(run, device)
     models = {name: model_of(run, name, vocabulary) for name in run.members}
@@ -56,12 +60,21 @@ def plan(run: Run, device: torch.device) -> Plan:
     a_step = sum(of["own"] for of in flops.values()) / run.steps
     tokens = run.steps * run.batch.sequences * run.data.length
     parameters = {name: Predictor(model, vocabulary).num_parameters for name, model in models.items()}
-    found = Plan(tokens, parameters, flops, memory, None, accumulates=run.batch.accumulate > 1)
+    found = Plan(tokens, parameters, flops, memory, None, "", run.batch.accumulate > 1, _passes(run, tokens))
     why = why_not_try(found.peak_bytes, a_step, device)
     if why:
         return replace(found, why_not=why + (_largest(memory) if "GiB" in why else ""))
     seconds = seconds_a_step(run, models, vocabulary, device, getattr(torch, precision))
     return replace(found, seconds=seconds * run.steps)
+
+
+def _passes(run: Run, tokens: int) -> float | None:
+    """How often `run` sees its text, if `data.tokens` or a prepared folder says how long that is."""
+    folder, unique = Path(run.data.train[0]), run.data.tokens
+    if len(run.data.train) == 1 and (folder / "manifest.json").is_file():
+        whole = int(read_manifest(folder)["tokens"])
+        unique = min(unique or whole, whole)
+    return tokens / unique if unique else None
 
 
 def plan_table(found: Plan, run: Run) -> Table:
@@ -98,7 +111,8 @@ def memory_of(
     chunk = min(rows, rows_per_chunk(vocabulary, device))
     loss = buffer_bytes(rows, vocabulary, len(models), device)
     if device == "cpu":  # elsewhere Triton's kernels need none
-        loss += scratch_bytes(chunk, vocabulary, len(softmaxes), len(trained), len(run.distillation), device)
+        held = (0, len(trained), 0) if run.compile else (len(softmaxes), len(trained), len(run.distillation))
+        loss += scratch_bytes(chunk, vocabulary, *held, device)
     loss += sum(rows * costs[name].width * precision.itemsize for name in trained)  # the features' gradients
     if precision != torch.float32 and device != "cpu":  # where the products take a copy of the output embedding
         loss += sum(vocabulary * cost.width * precision.itemsize for cost in costs.values())

@@ -20,6 +20,7 @@ from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
 from codistill.costs import pass_flops
 from codistill.errors import UserError
+from codistill.loading import to_dict
 from codistill.machine import keep_freed_memory
 from codistill.objectives import Batch
 
@@ -91,6 +92,7 @@ def bench_step(
     result = {
         "benchmark": "step",
         "run": {"recipe": run.recipe, "precision": run.precision, "tokens": tokens, "flops": flops, "runs": runs},
+        "configuration": to_dict(run),
         "machine": machine(place.type, ("transformers", *packages)) | {"product_flops_per_second": rate},
         "date": time.strftime("%Y-%m-%d"),
         "results": list(rows.values()),

@@ -99,12 +99,14 @@ def _print_plan(run: Run, device: str | None) -> None:
 
     with shown("planning", 1):
         from codistill import distributed
+        from codistill.findings import advice
         from codistill.plan import memory_lines, plan_table
         from codistill.plan import plan as plan_of
 
         found = plan_of(run, distributed.start("single", device).device)
     console.print(plan_table(found, run))
-    console.print("\n".join(memory_lines(found)), markup=False)
+    lines = [*memory_lines(found), *advice(run, found.parameters, found.passes)]
+    console.print("\n".join(lines), markup=False, highlight=False)
 
 
 def _rate(text: str) -> float:

@@ -48,7 +48,7 @@ def study(
         from codistill.study.run import check_out, devices
 
         check_out(request)
-        lines = plan_lines(request, jobs, devices(device))
+        lines = plan_lines(request, data, jobs, devices(device))
     console.print("\n".join(lines), markup=False)
     if not plan:
         _run(request, data=data, jobs=jobs, device=device)

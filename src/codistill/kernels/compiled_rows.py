@@ -16,9 +16,7 @@ from torch import Tensor
 from codistill.kernels.head import GivenHead, Head
 from codistill.kernels.problem import Problem
 from codistill.kernels.rows import Softmax, rows_per_block
-
-# Structures of cohorts and of the edges that weigh something, in one process; the compiler's own limit is eight.
-_MOST_VARIANTS = 128
+from codistill.machine import allow_variants
 
 
 class _Edge(NamedTuple):
@@ -61,8 +59,7 @@ def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, _MOST_VARIANTS)
+    allow_variants()  # each structure of members and edges that weigh something is one
     return torch.compile(solve_block, fullgraph=True)
 
 

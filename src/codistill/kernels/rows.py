@@ -55,7 +55,8 @@ def rows_per_block(vocabulary: int, device: str) -> int:
 
 
 def scratch_bytes(rows: int, vocabulary: int, softmaxes: int, trained: int, edges: int, device: str) -> int:
-    """What a sweep holds beside the logits, in float32."""
+    """What a sweep holds beside the logits, in float32. Compiled, it needs the gradients alone under forward KL:
+    `softmaxes` and `edges` are then 0."""
     block = min(rows_per_block(vocabulary, device), rows)
     return 4 * block * vocabulary * (2 * softmaxes + trained + (3 if edges else 0))
 

@@ -22,10 +22,9 @@ from codistill.progress import Advance, silent
 from codistill.study.arms import Arm, grouped, keys_of, member_names, merged, trained_names
 from codistill.study.cells import Cell, Cells
 from codistill.study.harvest import failed_cell, harvest
-from codistill.study.scoring import Scoring, is_scored
+from codistill.study.scoring import Scoring, is_scored, with_scores
+from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE, STOPPED
 
-_STOPPED, _NOT_FINITE, _AS_ASKED = 75, 3, 2  # as the worker ends
-_TOO_LARGE = (4, -signal.SIGKILL)  # no memory for it: it says so, or the system ended it
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -107,7 +106,6 @@ class _Execution:
         self.waiting = [work for work in left if work.arms]
         self.running: list[_Work] = []
         self.too_large: dict[tuple[str, str, int], str] = {}
-        self.total = sum(work.units for work in self.waiting)
         self.finished = 0
         self.kept = {
             (place, role) for arm in arms for name, role in arm.sources for place in [(arm.regime, name, arm.seed)]
@@ -179,7 +177,7 @@ class _Execution:
         request = {
             "run": str(run_file),
             "out": str(work.folder),
-            "data": str(self.means.scoring.data),
+            "data": None if self.means.scoring.data is None else str(self.means.scoring.data),
             "tasks": self.means.scoring.tasks,
             "pairs": self.means.scoring.pairs,
             "device": work.device,
@@ -206,28 +204,30 @@ class _Execution:
                 key = self.keys[arm.place]
                 kept = {role for place, role in self.kept if place == arm.place}
                 names = {role: member_names(work.group)[arm.name, role] for role in arm.run.trained}
-                self.cells.put(key, harvest(arm, key, names, work.folder, self.out / "models" / key, kept))
-            self.finished += work.units
-            self._clear(work)
-        elif status == _STOPPED:
+                cell = harvest(arm, key, names, work.folder, self.out / "models" / key, kept)
+                self.cells.put(key, with_scores(cell, self.cells.get(key)))
+            self._finish(work)
+        elif status == STOPPED:
             raise Stopped
-        elif status == _AS_ASKED:
+        elif status == AS_ASKED:
             raise UserError(_reason(work, status))
-        elif status not in (_NOT_FINITE, *_TOO_LARGE):
+        elif status not in (NOT_FINITE, NO_MEMORY):
             raise MachineError(f"{', '.join(arm.name for arm in work.arms)}: {_reason(work, status)}")
         elif len(work.arms) > 1:  # each for itself, so that only the one at fault fails, or all have room
             self._clear(work)
             self.waiting += [_Work([arm], [arm]) for arm in work.arms]
+        elif status == NO_MEMORY:
+            self._set_aside(work.arms[0], _reason(work, status))
         else:
-            if status == _NOT_FINITE:
-                self._fail(work, work.arms[0], _reason(work, status))
-            else:
-                self._set_aside(work.arms[0], _reason(work, status))
-            self.finished += work.units
-            self._clear(work)
+            self._fail(work, work.arms[0], _reason(work, status))
+            self._finish(work)
+
+    def _finish(self, work: _Work) -> None:
+        self.finished += work.units
+        self._clear(work)
 
     def _set_aside(self, arm: Arm, why: str) -> None:
-        """No result: with more memory it may be tried again."""
+        """No result, and its folder stays: with more memory it goes on."""
         self.too_large[arm.place] = f"{arm.name}, {arm.regime}, seed {arm.seed}: {why}"
 
     def _fail(self, work: _Work, arm: Arm, reason: str) -> None:
@@ -247,7 +247,9 @@ class _Execution:
             done += round(work.units * (lines[-1]["step"] / work.arms[0].run.steps if lines else 0))
         names = ", ".join(f"{work.arms[0].regime}, seed {work.arms[0].seed}" for work in self.running)
         left = len(self.waiting) + len(self.running)
-        self.advance(done, f"{left} cohorts left; now {names}" if names else "done", self.total)
+        # Counted anew, for a cohort that is split has more to train, and what there is no memory for has none.
+        total = self.finished + sum(work.units for work in [*self.waiting, *self.running])
+        self.advance(done, f"{left} cohorts left; now {names}" if names else "done", total)
 
     def _stop(self) -> None:
         for work in self.running:

@@ -76,13 +76,15 @@ def _blimp(folder: Path, name: str) -> dict[str, Any] | None:
 
 def _glue(folder: Path, name: str) -> dict[str, Any]:
     """Task → its score and which of its splits are not whole, or why there is none."""
-    cells = {cell["task"].removeprefix("glue/"): cell for cell in _scores(folder, name) if cell["task"] in GLUE}
-    return {
-        task: {"failed": cell["failed"]}
-        if cell["failed"]
-        else {"score": cell["score"], "partial": cell["counted"]["partial"]}
-        for task, cell in cells.items()
-    }
+    return {c["task"].removeprefix("glue/"): _graded(c) for c in _scores(folder, name) if c["task"] in GLUE}
+
+
+def _graded(cell: Mapping[str, Any]) -> dict[str, Any]:
+    if cell["failed"]:
+        return {"failed": cell["failed"]}
+    if isinstance(cell["score"], str):  # as a number that is none is written
+        return {"failed": f"its score is {cell['score']}: the predictions are all alike"}
+    return {"score": cell["score"], "partial": cell["counted"]["partial"]}
 
 
 def _scores(folder: Path, name: str) -> list[dict[str, Any]]:

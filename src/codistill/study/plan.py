@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -9,21 +10,27 @@ from codistill.config import MemberConfig
 from codistill.plan import duration, plan
 from codistill.study.arms import Arm, grouped, member_names, trained_names
 from codistill.study.cells import Cells
-from codistill.study.run import Request, missing_cells, places
+from codistill.study.run import Request, missing_cells, places, scoring
+from codistill.study.scoring import BLIMP, GLUE
 
 Place = tuple[str, str, int]
 _TO_START = 15.0  # seconds that a process needs before its first step
 
 
-def plan_lines(request: Request, jobs: int | None, devices: Sequence[str]) -> list[str]:
+def plan_lines(request: Request, data: Path | None, jobs: int | None, devices: Sequence[str]) -> list[str]:
     """A few lines for people: arms, those that are known, cohorts that are left, their FLOPs, and about how long."""
     arms = request.arms
-    left = missing_cells(arms, Cells(request.out))
+    left = missing_cells(arms, Cells(request.out), scoring(request, data).tasks)
     lines = [
         f"study {request.study.name} at {request.scale.name}, {request.seeds} seeds: {request.study.question}",
         f"{len(arms)} arms, {len(arms) - len(left)} known",
     ]
     return [*lines, _left(request, left, jobs, devices)] if left else lines
+
+
+def _not_counted(tasks: Sequence[str]) -> str:
+    names = ["BLiMP"] * (BLIMP in tasks) + ["GLUE"] * any(task in GLUE for task in tasks)
+    return f", {' and '.join(names)} not counted" if names else ""
 
 
 def _left(request: Request, left: Sequence[Arm], jobs: int | None, devices: Sequence[str]) -> str:
@@ -34,7 +41,7 @@ def _left(request: Request, left: Sequence[Arm], jobs: int | None, devices: Sequ
     by_place = {arm.place: arm for arm in request.arms}
     flops, seconds, why = _cost([_passes(group, by_place) for group in groups], devices[0])
     jobs = jobs or places(devices)
-    when = why or f"about {duration((seconds + _TO_START * len(groups)) / jobs)}, BLiMP not counted"
+    when = why or f"about {duration((seconds + _TO_START * len(groups)) / jobs)}{_not_counted(request.scale.tasks)}"
     return f"left: {models} models in {len(groups)} cohorts, {flops:.2g} FLOPs; with {jobs} at once {when}"
 
 

@@ -54,7 +54,7 @@ def run_study(
     check_out(request)
     arms, cells = request.arms, Cells(request.out)
     too_large: list[str] = []
-    if missing_cells(arms, cells, _scoring(request, data).tasks):
+    if missing_cells(arms, cells, scoring(request, data).tasks):
         too_large = _train(request, means(request, data, jobs, devices), advance)
     found = tabulate(request)
     if too_large:
@@ -112,7 +112,7 @@ def means(request: Request, data: Path | None, jobs: int | None, devices: Sequen
         )
     text = Data(train=_found(data, "train"), validation=_found(data, "validation"))
     jobs = jobs if jobs is not None else places(devices)
-    return Means(text, _scoring(request, data), jobs, devices, request.scale.most_members)
+    return Means(text, scoring(request, data), jobs, devices, request.scale.most_members)
 
 
 def places(devices: Sequence[str]) -> int:
@@ -120,7 +120,7 @@ def places(devices: Sequence[str]) -> int:
     return cores() if devices[0] == "cpu" else len(devices)
 
 
-def _scoring(request: Request, data: Path | None) -> Scoring:
+def scoring(request: Request, data: Path | None) -> Scoring:
     """What the scale wants scored and `data` has examples of."""
     return found_in(data, request.scale.tasks, request.scale.pairs)
 

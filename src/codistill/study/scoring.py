@@ -35,6 +35,18 @@ def score_of(member: Mapping[str, Any], task: str) -> Mapping[str, Any] | None:
 
 
 def is_scored(member: Mapping[str, Any], tasks: tuple[str, ...]) -> bool:
-    """Whether a member of a cell has a score at every one of `tasks`."""
-    found = [score_of(member, task) for task in tasks]
-    return all(of is not None and "failed" not in of for of in found)
+    """Whether a member of a cell was asked every one of `tasks`. That one failed is an answer, and comes again."""
+    return all(score_of(member, task) is not None for task in tasks)
+
+
+def with_scores(cell: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`cell` with the scores that a `known` one of the same arm and text has and it has not."""
+    if known is None or known["failed"] or known["text"] != cell["text"]:
+        return cell
+    members = {
+        role: member | {"blimp": member["blimp"] or old["blimp"], "glue": old.get("glue", {}) | member["glue"]}
+        for role, member in cell["members"].items()
+        for old in [known["members"][role]]
+    }
+    agreement = known["agreement"] if cell["agreement"] is None else cell["agreement"]
+    return cell | {"members": members, "agreement": agreement}

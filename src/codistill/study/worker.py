@@ -1,5 +1,5 @@
 """What a process of its own does for a study: train one cohort, then score its members. Its last line of standard error
-says why it failed; statuses are those of the command line, NOT_FINITE and NO_MEMORY.
+says why it failed.
 
     python -m codistill.study.worker REQUEST.json
 """
@@ -11,21 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from codistill.config import Run
 from codistill.errors import MachineError, UserError
 from codistill.evaluate.run import evaluate
 from codistill.files import locked, write_file
 from codistill.loading import load, read_run
+from codistill.machine import is_out_of_memory
 from codistill.study.harvest import AGREEMENT
 from codistill.study.scoring import BLIMP
+from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE, STOPPED
 from codistill.train import Stopped, train
 from codistill.watch import NonFiniteError
-
-STOPPED = 75
-NOT_FINITE = 3  # of an arm's own: that is a result, where anything else is the surroundings' fault
-NO_MEMORY = 4
 
 
 def work(request: dict[str, Any]) -> None:
@@ -82,12 +78,14 @@ def main() -> None:
     except NonFiniteError as error:
         print(error, file=sys.stderr)
         sys.exit(NOT_FINITE)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(" ".join(str(error).split()) or "no memory is left", file=sys.stderr)
-        sys.exit(NO_MEMORY)
     except (UserError, MachineError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1 if isinstance(error, MachineError) else 2)
+        sys.exit(1 if isinstance(error, MachineError) else AS_ASKED)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(" ".join(str(error).split()) or "no memory is left", file=sys.stderr)
+        sys.exit(NO_MEMORY)
 
 
 if __name__ == "__main__":
