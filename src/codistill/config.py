@@ -221,7 +221,7 @@ class Run:
     """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes).
 
     `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
-    `compile`: whether layers, on a CPU the loss too, are compiled: faster, other roundings, up to a minute at the start.
+    `compile`: whether layers (on a CPU the loss too) are compiled: faster; other roundings; a minute at the start.
     `distributed`: what the processes that torchrun starts share; auto is ddp where there are several, else single.
     `track`: where to send the lines of `metrics.jsonl` besides; changes no number.
     """
