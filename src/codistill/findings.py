@@ -32,9 +32,21 @@ WEAK_TEACHER = "large: DWT, weight 1 − alone"
 PEER_OF_LARGE = "large: CTCD, weight 1 − alone"
 PEER_OF_SMALL = "small: CTCD, weight 1 − alone"
 FINDINGS: Mapping[str, tuple[Finding, ...]] = {
-    WEAK_TEACHER: (Finding(1, -0.049, -0.144, 0.045), Finding(20, -0.128, -0.185, -0.072)),
-    PEER_OF_LARGE: (Finding(1, 0.056, -0.058, 0.17), Finding(20, 0.004, -0.004, 0.013)),
-    PEER_OF_SMALL: (Finding(1, -0.093, -0.227, 0.041), Finding(20, -0.024, -0.098, 0.05)),
+    WEAK_TEACHER: (
+        Finding(1, -0.049, -0.144, 0.045),
+        Finding(5, -0.095, -0.148, -0.042),
+        Finding(20, -0.128, -0.185, -0.072),
+    ),
+    PEER_OF_LARGE: (
+        Finding(1, 0.056, -0.058, 0.17),
+        Finding(5, 0.01, -0.034, 0.055),
+        Finding(20, 0.004, -0.004, 0.013),
+    ),
+    PEER_OF_SMALL: (
+        Finding(1, -0.093, -0.227, 0.041),
+        Finding(5, -0.041, -0.162, 0.079),
+        Finding(20, -0.024, -0.098, 0.05),
+    ),
 }
 _WORDS = {
     WEAK_TEACHER: "a smaller frozen teacher changed the loss of the model it taught by",
