@@ -9,30 +9,38 @@ import torch
 
 from codistill.cli import main
 from codistill.data.corpus import FORMAT
-from codistill.findings import FINDINGS, PEER_OF_LARGE, PEER_OF_SMALL, SOURCE, WEAK_TEACHER, Finding, advice
+from codistill.findings import FINDINGS, LARGE_OF_A_PAIR, SMALL_OF_A_PAIR, WEAK_TEACHER, Finding, advice
 from codistill.plan import plan
 from codistill.recipes import find
 
-STUDY = json.loads((Path(__file__).parents[1] / "studies" / "when-it-pays" / "results.json").read_text())
+STUDIES = Path(__file__).parents[1] / "studies"
+LABELS = {
+    ("when-it-pays", WEAK_TEACHER): "large: DWT, weight 1 − alone",
+    ("when-it-pays", LARGE_OF_A_PAIR): "large: CTCD, weight 1 − alone",
+    ("when-it-pays", SMALL_OF_A_PAIR): "small: CTCD, weight 1 − alone",
+    ("ctcd", LARGE_OF_A_PAIR): "large: both ways − alone",
+    ("ctcd", SMALL_OF_A_PAIR): "small: both ways − alone",
+}
 
 
-def test_the_numbers_are_those_of_the_committed_study():
-    found: dict[str, list[tuple]] = {name: [] for name in FINDINGS}
-    for regime, of in STUDY["regimes"].items():
-        for contrast in of["contrasts"]:
-            if contrast["label"] in found and contrast["loss"]["interval"] is not None:
-                passes = 1 if regime == "one pass" else int(regime.split()[0])
-                numbers = (contrast["loss"]["mean"], *contrast["loss"]["interval"])
-                found[contrast["label"]].append((passes, *(round(number, 3) for number in numbers)))
-                assert f"{contrast['loss']['seeds']} seeds" in SOURCE
-    for name, findings in FINDINGS.items():
-        assert sorted((f.passes, f.mean, f.low, f.high) for f in findings) == sorted(found[name])
+@pytest.mark.parametrize(("name", "finding"), [(name, f) for name, found in FINDINGS.items() for f in found])
+def test_the_numbers_are_those_of_the_committed_study(name, finding):
+    results = json.loads((STUDIES / finding.study / "results.json").read_text())
+    regime = results["regimes"]["one pass" if finding.passes == 1 else f"{finding.passes} passes"]
+    (found,) = [c["loss"] for c in regime["contrasts"] if c["label"] == LABELS[finding.study, name]]
+    numbers = [round(number, 3) for number in (found["mean"], *found["interval"])]
+    assert [finding.mean, finding.low, finding.high] == numbers
+    assert finding.seeds == found["seeds"]
+
+
+def test_every_number_of_passes_is_there_once():
+    assert [[finding.passes for finding in found] for found in FINDINGS.values()] == [[1, 5, 20]] * 3
 
 
 @pytest.mark.parametrize(
     ("recipe", "sizes", "said"),
     [
-        ("ctcd:tiny", {"large": 2, "small": 1}, [PEER_OF_LARGE, PEER_OF_SMALL]),
+        ("ctcd:tiny", {"large": 2, "small": 1}, [LARGE_OF_A_PAIR, SMALL_OF_A_PAIR]),
         ("dwt:tiny", {"weak": 1, "large": 2}, [WEAK_TEACHER]),
         ("dwt:tiny", {"weak": 2, "large": 1}, []),
         ("one-way:tiny", {"large": 2, "small": 1}, []),
@@ -44,15 +52,17 @@ def test_it_speaks_of_edges_like_those_of_the_study_only(recipe, sizes, said):
     run = find(recipe)
     assert set(run.members) == set(sizes)
     lines = advice(run, sizes, 3.0)
-    assert len(lines) == (1 + len(said) if said else 0)
-    for name, line in zip(said, lines[1:], strict=True):
-        assert all(str(finding) in line for finding in FINDINGS[name])
+    expected = [line for name in said for line in (f"  {name}", *(f"    {finding}" for finding in FINDINGS[name]))]
+    assert lines[1:] == expected
     assert not said or "the text is seen 3 times" in lines[0]
+    assert bool(lines) == bool(said)
 
 
 def test_a_finding_whose_interval_holds_0_is_not_shown():
-    assert str(Finding(1, -0.049, -0.144, 0.046)) == "-0.049 [-0.144, +0.046], not shown in one pass"
-    assert str(Finding(20, -0.128, -0.185, -0.072)) == "-0.128 [-0.185, -0.072] in 20 passes"
+    found = {low: str(Finding("ctcd", 20, 0.01, low, 0.02, 5)) for low in (-0.004, 0.004)}
+    assert found[-0.004] == "20 passes: +0.010 nats [-0.004, +0.020], not shown (5 seeds)"
+    assert found[0.004].endswith("[+0.004, +0.020], higher (5 seeds)")
+    assert str(Finding("ctcd", 1, -0.2, -0.3, -0.1, 3)).endswith("[-0.300, -0.100], lower (3 seeds)")
 
 
 def test_a_plan_knows_how_often_the_text_is_seen(monkeypatch, tmp_path, capsys):

@@ -56,12 +56,15 @@ def draw_over_passes(axes: Any, found: Mapping[str, Any]) -> None:
             color=COLOURS[number % len(COLOURS)], label=label,
         )  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.7)
+    passes = sorted({max(1, round(x)) for points in lines.values() for x, _, _ in points})
     axes.set_xscale("log")
+    axes.set_xticks(passes, [str(often) for often in passes])
+    axes.minorticks_off()
     axes.set_xlabel("passes over the text at equal steps (1: less than one)", fontsize=8)
     axes.set_ylabel("difference of the held-out loss (nats)", fontsize=8)
     _plain(axes)
-    if axes.has_data():
-        axes.legend(frameon=False, fontsize=7)
+    if lines:  # above the intervals, which reach everywhere
+        axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
 
 
 def costs_figure(found: Mapping[str, Any]) -> Any:
