@@ -11,7 +11,7 @@ from codistill.build import build
 from codistill.cohort import Cohort, Distillation
 from codistill.kernels import compiled_rows
 from codistill.loading import read_run
-from codistill.machine import compile_layers, why_not_compile
+from codistill.machine import compile_layers, is_out_of_memory, why_not_compile
 from codistill.train import Stopped, train
 from cohorts import batch, member
 from runs import assert_same_run, small_run
@@ -76,6 +76,23 @@ def test_a_compiled_run_resumes_bit_for_bit_and_is_scored_without_the_compiler(t
     assert read_run(whole / "run.yaml")["compile"] is True
     resolved = replace(run, precision="float32")
     assert build(resolved, torch.device("cpu")).cohort.compiled
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+    ids=["cuda", "cpu", "python", "another"],
+)
+def test_what_is_raised_for_want_of_memory(error, expected):
+    assert is_out_of_memory(error) is expected
 
 
 def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monkeypatch, capsys):

@@ -20,6 +20,7 @@ from codistill.errors import MachineError, UserError
 from codistill.files import locked
 from codistill.loading import load, to_dict
 from codistill.plan import Plan
+from codistill.study import worker
 from codistill.study.analysis import analysis, contrast
 from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
 from codistill.study.cells import Cells
@@ -30,6 +31,7 @@ from codistill.study.plan import plan_lines
 from codistill.study.run import check_out, run_study, tabulate
 from codistill.study.scales import SCALES
 from codistill.study.scoring import Scoring
+from codistill.study.statuses import NO_MEMORY
 from codistill.train import train
 from studies import SCALE, SIZE, STUDY, arms, data_folder, request
 
@@ -357,6 +359,19 @@ def test_a_cohort_that_there_is_no_memory_for_is_tried_arm_by_arm(means, tmp_pat
     assert all(cells.get(keys[arm.place]) is not None for arm in every)
     assert all(done <= total for done, total in told)
     assert told[-1][0] == told[-1][1]
+
+
+def test_a_worker_without_memory_says_so_by_its_status(tmp_path, monkeypatch, capsys):
+    def no_room(request):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    (tmp_path / "request.json").write_text("{}")
+    monkeypatch.setattr(worker, "work", no_room)
+    monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "request.json")])
+    with pytest.raises(SystemExit) as ended:
+        worker.main()
+    assert ended.value.code == NO_MEMORY
+    assert capsys.readouterr().err == "DefaultCPUAllocator: can't allocate memory\n"
 
 
 def test_a_process_that_is_killed_is_no_result_and_leaves_its_checkpoints(means, tmp_path):

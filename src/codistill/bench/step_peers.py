@@ -41,9 +41,8 @@ def textbrewer(run: Run, device: torch.device) -> Loop:
         return {"logits": outputs.logits.float(), "logits_mask": mask_BT, "losses": outputs.loss}
 
     weights = tb.DistillationConfig(temperature=edge.temperature, kd_loss_type="ce")
-    folder = tb.TrainingConfig(
-        device=device, output_dir=tempfile.gettempdir()
-    )  # nothing is written, but it makes a folder
+    # Nothing is written, but it makes a folder.
+    folder = tb.TrainingConfig(device=device, output_dir=tempfile.gettempdir())
     distiller = tb.GeneralDistiller(folder, weights, built.models[edge.teacher], student, adaptor, adaptor)
 
     def loss(step: int, batch: Batch) -> Tensor:

@@ -56,6 +56,14 @@ def _with_half(size: Size) -> Size:
     return replace(size, models={**size.models, "extremely_weak": half})
 
 
+def _for_a_gpu(name: str, masked: Size, causal: Size, *, most_members: int) -> Scale:
+    """A recipe's sizes, scored on everything there is."""
+    tasks = (BLIMP, *GLUE)
+    return Scale(
+        name=name, masked=_often(masked), causal=_often(causal), pairs=None, most_members=most_members, tasks=tasks
+    )
+
+
 # Chosen so that a stand-alone model leaves the unigram plateau far behind in a minute or two of one core; what was
 # tried stands in docs/log.md.
 _MASKED = replace(
@@ -78,20 +86,6 @@ SCALES: Mapping[str, Scale] = {
         pairs=30,
         most_members=6,
     ),
-    "small": Scale(
-        name="small",
-        masked=_often(SMALL),
-        causal=_often(CAUSAL_SMALL),
-        pairs=None,
-        most_members=8,
-        tasks=(BLIMP, *GLUE),
-    ),
-    "paper": Scale(
-        name="paper",
-        masked=_often(PAPER),
-        causal=_often(_CAUSAL_PAPER),
-        pairs=None,
-        most_members=2,
-        tasks=(BLIMP, *GLUE),
-    ),
+    "small": _for_a_gpu("small", SMALL, CAUSAL_SMALL, most_members=8),
+    "paper": _for_a_gpu("paper", PAPER, _CAUSAL_PAPER, most_members=2),
 }
