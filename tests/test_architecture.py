@@ -9,15 +9,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "codistill"
 # Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor.
 FLOORS = [
     {"errors", "seeds", "blocks"},
-    {"progress", "files"},
+    {"progress", "files", "folders"},
     {"distributed"},
     {"schedules", "divergences", "machine", "data", "checkpoint"},
     {"config"},
+    {"checks"},
     {"loading", "findings"},
     {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance", "model_card", "edges", "taps"},
     {"members", "watch", "teacher_cache"},
     {"relations"},
-    {"cohort", "scores", "costs"},
+    {"cohort", "scores", "costs", "initial"},
     {"build"},
     {"plan", "run_folder", "metrics", "tracking"},
     {"train", "caching"},

@@ -42,6 +42,10 @@ def test_recipes_are_listed_with_a_line_each(capsys):
         (["train", "dwt"], "make it with `codistill train standalone:tiny --set"),
         (["train", "none.yaml"], "none.yaml cannot be read as a configuration"),
         (["train", "ctcd", "--sett", "a=1"], "Unknown option: --sett"),
+        (["remap", ".", "--to", ".", "--out", "x", "--depth", "0,a"], "--depth 0,a: give a method"),
+        (["bench", "step", "--device", "gpu"], "device: 'gpu' is not here"),
+        (["bench", "latency", "."], "no model and no finished run"),
+        (["generate", ".", "b", "--member", "a", "--tokens", "0"], "--tokens 0: at least one is needed"),
         (["trian", "ctcd"], 'Unknown command "trian"'),
         (["train"], "requires an argument"),
     ],
@@ -52,6 +56,22 @@ def test_a_users_mistake_is_one_line_and_status_2(arguments, message, capsys):
     assert message in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("message", ["[enforce fail] ... can't allocate memory: you tried to allocate 9 bytes", ""])
+def test_want_of_memory_is_one_line_and_status_1(message, monkeypatch, capsys):
+    error = RuntimeError(message) if message else MemoryError()
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("codistill.cli.run.resolve", fail)
+    assert status("show", "ctcd") == 1
+    assert "out of memory" in (shown := capsys.readouterr().err)
+    assert "batch.accumulate" in shown
+    error = RuntimeError("of another kind")
+    with pytest.raises(RuntimeError, match="of another kind"):
+        main(["show", "ctcd"])
 
 
 @pytest.mark.parametrize(

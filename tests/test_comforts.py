@@ -186,16 +186,24 @@ def test_a_rate_at_which_something_is_not_finite_has_an_empty_cell(text):
     assert fine.losses is not None
     assert broken.losses is None
     console = Console(width=90, record=True)
-    console.print(rates_table([fine, broken], 8))
+    console.print(rates_table([fine, broken], list(fine.losses), 8))
     shown = console.export_text()
     assert "not finite" in shown
     assert "large: 0.001, the lowest that was tried" in shown
 
 
+def test_rates_that_all_diverged_say_so():
+    console = Console(width=90, record=True)
+    console.print(rates_table([Trial(1.0, None), Trial(2.0, None)], ["a", "b"], 8))
+    shown = console.export_text()
+    assert shown.count("not finite") == 4
+    assert "no rate stayed finite" in shown
+
+
 def test_the_table_marks_the_lowest_of_each_member():
     trials = [Trial(1e-3, {"a": 3.0, "b": 2.0}), Trial(3e-3, {"a": 2.5, "b": 2.5}), Trial(1e-2, {"a": 2.75, "b": 4.0})]
     console = Console(width=90, record=True)
-    console.print(rates_table(trials, 100))
+    console.print(rates_table(trials, list(trials[0].losses), 100))
     lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
     assert "0.001 3.0000 2.0000 *" in lines
     assert "0.003 2.5000 * 2.5000" in lines

@@ -196,6 +196,30 @@ def test_models_attend_within_documents_only(corpus, family):
     assert (features[0, :4] - features[1, :4]).abs().max() > 1e-3
 
 
+def test_a_predictor_keeps_the_window_of_local_layers():
+    """A row that is one document is to a predictor what it is to the model without a mask, also beyond the window."""
+    from transformers import ModernBertConfig, ModernBertForMaskedLM
+
+    from codistill.members import Predictor
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    ends = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP, "cls_token_id": CLS, "sep_token_id": SEP}
+    torch.manual_seed(0)
+    config = ModernBertConfig(num_hidden_layers=4, local_attention=8, initializer_range=1.0, **sizes, **ends)
+    model = ModernBertForMaskedLM(config).eval()
+    length = 40
+    ids = torch.randint(10, 50, (2, length))
+    positions = torch.arange(length).expand(2, -1)
+    mask = torch.ones(2, 1, length, length, dtype=torch.bool)
+    predictor = Predictor(model, 50)
+    with torch.no_grad():
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        logits = predictor.logits(predictor(given, torch.arange(2 * length)))
+        torch.testing.assert_close(logits, model(input_ids=ids).logits.flatten(0, 1))
+        without_window = model(**given).logits.flatten(0, 1)
+    assert (logits - without_window).abs().max() > 1e-2
+
+
 def test_mixtures_give_exact_shares_and_whole_epochs(corpus, other):
     source = batches([(corpus, 3.0), (other, 1.0)])
     part, epoch, row = source.locate(np.arange(40_000))

@@ -210,7 +210,7 @@ def test_hub_data_sets_are_streamed(monkeypatch):
     assert calls == [(("owner/name", "config"), "validation", True), (("owner/name",), "train", True)]
     refused("hub:owner/name", "row 0: no column 'body'; there are: text", column="body")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    refused("hub:owner/name", "needs the datasets package")
+    refused("hub:owner/name", "it needs codistill's extra `data`")
 
 
 # Built-in text

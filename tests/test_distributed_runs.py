@@ -62,7 +62,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(engine, recipe, stop, tex
     run = with_teachers(recipe, text, teacher)
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     assert both_ranks(run, straight, engine, [None]) == ""
-    assert both_ranks(run, resumed, engine, [stop, None]) == f"{resumed}: going on from step {stop}\n"
+    assert both_ranks(run, resumed, engine, [stop, None]) == f"{resumed}: resuming from step {stop}\n"
     assert_same_run(straight, resumed)
     distribution = load(read_run(resumed / "run.yaml")).provenance["distribution"]
     assert distribution == [{"from_step": 0, "engine": engine, "ranks": 2}]
@@ -80,11 +80,13 @@ def test_a_run_goes_on_with_other_engines_and_world_sizes(text, tmp_path, capfd)
     out = tmp_path / "moved"
     with pytest.raises(Stopped):
         train(run, out, device="cpu", stop_at=4)
-    assert "computed as" not in capfd.readouterr().err
+    assert "was computed as" not in capfd.readouterr().err
     said = both_ranks(run, out, "ddp", [8], resume=True)
-    assert f"{out}: computed as 1 x single so far, as 2 x ddp from step 4 on: the same samples and masks" in said
-    assert "as 2 x ddp so far, as 2 x fsdp2 from step 8 on" in both_ranks(run, out, "fsdp2", [12], resume=True)
-    assert "as 2 x fsdp2 so far, as 2 x ddp from step 12 on" in both_ranks(run, out, "ddp", [16], resume=True)
+    assert (
+        f"{out}: was computed as 1 x single, and is as 2 x ddp from step 4 on: samples, masks and their order" in said
+    )
+    assert "as 2 x ddp, and is as 2 x fsdp2 from step 8 on" in both_ranks(run, out, "fsdp2", [12], resume=True)
+    assert "as 2 x fsdp2, and is as 2 x ddp from step 12 on" in both_ranks(run, out, "ddp", [16], resume=True)
     train(run, out, resume=True, device="cpu")
     assert "as 2 x ddp so far, as 1 x single from step 16 on" in capfd.readouterr().err
     for line, expected in zip(losses(out), losses(straight), strict=True):

@@ -46,7 +46,7 @@ def test_a_model_does_not_differ_from_itself(name):
 
 
 def test_soft_gradient_has_hintons_limit():
-    """For large τ the gradient of forward KL tends to the difference of the centred logits ÷ V (DESIGN.md §4)."""
+    """For large τ the gradient of forward KL tends to the difference of the centred logits ÷ V (docs/equations.md)."""
     torch.manual_seed(2)
     student, teacher = torch.randn(2, 3, 50, dtype=torch.float64)
     student.requires_grad_()

@@ -41,7 +41,7 @@ def products(request, monkeypatch):
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("offset", [0.0, 20.0])
 def test_gradient_of_a_small_kl_in_bfloat16(offset):
-    """DESIGN.md §5: with bfloat16 logits it is wrong by 0.6 at this distance."""
+    """With bfloat16 logits it is wrong by 0.6 at this distance."""
     kl, found = errors(train(close_members(0.03, offset)))
     assert 5e-4 < kl / 2 < 2e-3
     assert max(found.values()) < 2e-3, found

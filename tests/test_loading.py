@@ -1,5 +1,7 @@
 """Strict loading: what comes in round-trips, and what is wrong is refused in one line that says what to do."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,6 +33,22 @@ def test_overrides_reach_every_part():
 def test_a_schedule_of_steps_round_trips():
     run = load({"members": {"a": {"model": {}, "lr": {"step": {0: 1e-3, 100: 1e-4}}}}})
     assert load(parse_yaml(to_yaml(run), "test")) == run
+
+
+def test_names_of_members_stay_as_they_are():
+    """`from_` is spelled `from` in a file; a member may be called anything."""
+    tree = {"members": {"a": {"model": {}}, "a_": {"model": {}, "init": {"from": "b"}}}}
+    tree["distillation"] = [{"teacher": "a_", "student": "a"}]
+    written = parse_yaml(to_yaml(load(tree)), "test")
+    assert list(written["members"]) == ["a", "a_"]
+    assert written["members"]["a_"]["init"]["from"] == "b"
+    assert load(written) == load(tree)
+
+
+def test_a_home_folder_is_spelled_out():
+    members = {"old": {"path": "~/old", "frozen": True}, "new": {"model": {}, "init": {"from": "~/old"}}}
+    run = load({"members": members})
+    assert run.members["old"].path == run.members["new"].init.from_ == str(Path.home() / "old")
 
 
 def test_a_twin_follows_its_original():
@@ -110,6 +128,21 @@ def test_any_float_survives_yaml(value):
         ),
         ({"distillation": [{"teacher": "large", "student": "small"}] * 2}, r"'large' teaches 'small' already"),
         ({"members": {"a": {"model": {}, "lr": 10**400}}}, r"^members\.a\.lr: 1000.* is no schedule"),
+        (
+            {
+                "members": {**MEMBERS, "old": {"path": "b", "frozen": True, "cached": "c"}},
+                "distillation": [{"teacher": "old", "student": "small", "kind": "hidden"}],
+            },
+            r"^distillation\.0\.kind: hidden looks into the layers of 'old', which is cached",
+        ),
+        (
+            {"members": {"a": {"model": {"family": "roberta", "heads": 2, "key_value_heads": 1}}}},
+            r"^members\.a\.model\.key_value_heads: 1 came in; roberta with 2 heads takes none",
+        ),
+        (
+            {"members": {"a": {"model": {}, "init": {"from": "b", "learned": 5, "width": "replicate"}}}},
+            r"^members\.a\.init: `learned` finds the widths itself",
+        ),
         ({"batch": {"sequences": 10, "accumulate": 3}}, r"^batch\.accumulate: 3 does not divide the 10 sequences"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monke
     monkeypatch.setattr("codistill.build.compile_layers", None)  # or it would be called
     run = small_run("standalone:tiny", text, "compile=true", "steps=2")
     out = train(run, tmp_path / "run", device="cpu")
-    assert "going on without compiling, as this machine cannot: " in capsys.readouterr().err
+    assert "continuing without compilation, which this machine cannot do: " in capsys.readouterr().err
     assert read_run(out / "run.yaml")["compile"] is False
 
 

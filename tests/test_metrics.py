@@ -5,6 +5,7 @@ import json
 import torch
 
 from codistill.metrics import MetricsLog, read_metrics
+from codistill.scores import Score
 
 
 def hard(value: float) -> dict[str, torch.Tensor]:
@@ -32,6 +33,20 @@ def test_a_loss_that_is_not_finite_spoils_no_later_judgement(tmp_path):
     log = filled(tmp_path / "metrics.jsonl", [3.0, 2.9] * 6)
     log.write(13, hard(float("nan")))
     assert "spike: large" in log.write(14, hard(9.0)).note
+
+
+def test_what_is_no_number_is_null_in_the_file(tmp_path):
+    """JSON knows no NaN, and a failure must not become a number for whoever reads the file."""
+    file = tmp_path / "metrics.jsonl"
+    log = MetricsLog(file, 0, 1)
+    log.write(1, {"a/hard": torch.tensor(float("nan")), "b/hard": torch.tensor(2.0)})
+    log.write_held_out(1, {"a": Score(float("inf"), 0.5, 3)})
+    text = file.read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert read_metrics(file)[0]["a/hard"] is None
+    assert read_metrics(file)[1]["held_out"]["a"] == {"loss": None, "accuracy": 0.5}
+    assert set(MetricsLog(file, 1, 1).recent) == {"b/hard"}
 
 
 def test_a_resumed_log_judges_like_the_straight_one(tmp_path):

@@ -90,6 +90,14 @@ def test_the_command_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkey
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_without_text_has_a_plan(tmp_path, capsys):
+    """`ctcd:small` names none; docs/run-folder.md shows this command."""
+    settings = ["data.tokenizer=train:wordpiece:300", "members.large.model={layers: 1, width: 32}"]
+    settings += ["members.small.model={layers: 1, width: 32}", "data.length=16", "batch.sequences=16"]
+    main(["train", "ctcd:small", "--plan", *(part for setting in settings for part in ("--set", setting))])
+    assert "at most in use at once" in capsys.readouterr().out
+
+
 def test_a_plan_without_a_vocabulary_says_so():
     run = load(override(to_dict(find("standalone:tiny")), ["data.tokenizer=null"]))
     assert run.members["large"].model == ModelConfig(layers=6, width=128)

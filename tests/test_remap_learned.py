@@ -105,3 +105,31 @@ def test_what_cannot_be_learned():
         learn_growth(state, config, config_of("bert", 2, 4, 1, 12), lambda _: torch.tensor(0.0))
     with pytest.raises(UserError, match=r"the loss is nan at step 0 of 100: choose a smaller lr than"):
         learn_growth(state, config, config_of("bert", 3), lambda _: torch.tensor(float("nan")))
+
+
+@pytest.mark.parametrize("family", ["roberta", "modernbert"])
+def test_the_loss_that_growth_learns_from_is_the_runs(family):
+    """With documents apart: positions that count as the family does, masks that keep its windows, weighted rows."""
+    from types import SimpleNamespace
+
+    from codistill.config import ModelConfig
+    from codistill.data.packing import document_mask, document_positions
+    from codistill.initial import _loss_on
+    from codistill.members import new_model
+    from codistill.objectives import Batch
+
+    config = ModelConfig(family=family, layers=4, width=32, heads=2)
+    model = new_model(config, vocabulary=50, length=90, tokenizer=None, seed=0, name="a")
+    ids_BT = torch.randint(5, 50, (1, 90))
+    ids_BT[0, 20] = 3  # ends the first document
+    known = SimpleNamespace(size=50, start=None, separator=3)
+    positions = document_positions(ids_BT.numpy(), known)
+    inputs = {"position_ids": positions, "attention_mask": document_mask(positions)}
+    inputs = {"input_ids": ids_BT, **{name: torch.from_numpy(array) for name, array in inputs.items()}}
+    rows_N, weight_N = torch.tensor([3, 30, 80]), torch.tensor([1.0, 2.0, 0.0])
+    batch = Batch(inputs, rows_N, torch.tensor([7, 8, 9]), row_weight_N=weight_N)
+    found = _loss_on(model, SimpleNamespace(vocabulary=known, at=lambda step: [batch]))(dict(model.named_parameters()))
+    with torch.no_grad():
+        apart = [model.eval()(input_ids=part).logits[0] for part in (ids_BT[:, :21], ids_BT[:, 21:])]
+    log_p = torch.cat(apart).log_softmax(-1)
+    torch.testing.assert_close(found, -(log_p[3, 7] + 2 * log_p[30, 8]) / 3)

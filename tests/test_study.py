@@ -384,7 +384,7 @@ def test_a_process_that_is_killed_is_no_result_and_leaves_its_checkpoints(means,
 def test_a_study_with_too_little_memory_makes_its_table_and_says_what_is_missing(data, tmp_path, monkeypatch):
     monkeypatch.setattr("codistill.study.run.execute", lambda *given: ["taught: CUDA out of memory", "it too"])
     with pytest.raises(
-        MachineError, match=r"no memory for taught: CUDA out of memory \(and 1 more\); the rest is done"
+        MachineError, match=r"out of memory for taught: CUDA out of memory \(and 1 more\); the rest is done"
     ):
         run_study(request(tmp_path / "toy"), data=data)
     assert (tmp_path / "toy" / "table.md").exists()

@@ -182,7 +182,7 @@ def test_a_sink_that_is_not_installed_is_refused_before_training(text, tmp_path,
     for name, extra in (("tensorboard", "track"), ("wandb", "wandb")):
         monkeypatch.setitem(sys.modules, name, None)
         run = small_run("standalone", text, f"track=[{name}]")
-        message = rf"^track: {name} is not installed; pip install 'codistill\[{extra}\]' brings it"
+        message = rf"^track: {name} is not installed; codistill's extra `{extra}` brings it"
         refused(message, run, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

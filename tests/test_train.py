@@ -124,6 +124,17 @@ def test_final_members_load_with_transformers_and_give_the_same_logits(family, t
     torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_frozen_member_is_scored_once(text, teacher, tmp_path, monkeypatch):
+    loop = sys.modules["codistill.train"]  # the package has a function of that name
+    scored: list = []
+    once = loop.held_out
+    monkeypatch.setattr(loop, "held_out", lambda predictor, *rest: scored.append(predictor) or once(predictor, *rest))
+    run = with_teachers("dwt", text, teacher)
+    out = train(run, tmp_path / "run")
+    assert len(scored) == 3  # of two evaluations the student's, and the teacher's
+    assert json.loads((out / "results.json").read_text())["members"]["weak"]["loss"] > 0
+
+
 def test_results_and_metrics_say_what_happened(text, teacher, tmp_path):
     out = train(with_teachers("dwt", text, teacher), tmp_path / "run")
     results = json.loads((out / "results.json").read_text())
@@ -202,8 +213,15 @@ def test_a_folder_is_not_taken_by_accident(text, tmp_path):
     (tmp_path / "hidden" / ".git").mkdir(parents=True)
     refused("is no run folder", run, tmp_path / "hidden", fresh=True)
     refused("is no run folder", run, tmp_path / "mine", fresh=True)
+    (tmp_path / "mine" / "run.yaml").write_text(to_yaml(run))
+    refused("no run was begun there, so --fresh does not delete it", run, tmp_path / "mine", fresh=True)
     assert (tmp_path / "mine" / "thesis.tex").exists()
+    (out / "thesis.tex").write_text("years of work")
+    refused(r"holds more than a run \(thesis.tex\), and --fresh would delete that too", run, out, fresh=True)
+    (out / "thesis.tex").unlink()
+    (out / "curves.png").write_text("a picture")
     train(run, out, fresh=True)
+    assert not (out / "curves.png").exists()
 
 
 @pytest.mark.parametrize(

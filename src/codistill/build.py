@@ -1,17 +1,13 @@
 """From a configuration to live objects: tokenizer, text, models, optimizers, and the cohort they form."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
+from torch import nn
 from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -26,14 +22,13 @@ from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.families.supported import check_objective
+from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
-from codistill.members import Predictor, call_options, load_model, load_own_tokenizer, new_model
+from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
 from codistill.provenance import pre_trained, provenance
-from codistill.remap import initial_state, learn_growth, read_config
 from codistill.scores import unigram_cross_entropy
-from codistill.seeds import seed_of
 from codistill.teacher_cache import TeacherCache, open_for
 
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
@@ -129,7 +124,7 @@ def resolved_compile(run: Run, device: torch.device) -> bool:
     """Whether to compile: as `run` asks, unless this machine cannot, which a line on stderr then says."""
     reason = why_not_compile(device) if run.compile else None
     if reason:
-        print(f"codistill: going on without compiling, as this machine cannot: {reason}", file=sys.stderr)
+        print(f"codistill: continuing without compilation, which this machine cannot do: {reason}", file=sys.stderr)
     return run.compile and not reason
 
 
@@ -185,46 +180,13 @@ def _model(
             seed=run.seed,
             name=run.seed_name(name),
         )
-        _initialise(model, run, name, batches)
+        initialise(model, run, name, batches)
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
 
 
 def _beside(caches: Mapping[str, TeacherCache], first: int, batch: Batch) -> Batch:
     found = {name: cache.read(first, batch) for name, cache in caches.items()}
     return replace(batch, cached={name: said for name, said in found.items() if said is not None})
-
-
-def _initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) -> None:
-    """Replaces random parameters by those of `init`, if the member has one."""
-    init = run.members[name].init
-    if init is None:
-        return
-    source = Path(init.from_)
-    seed = seed_of(run.seed, "remapping", run.seed_name(name))
-    if init.learned is None:
-        state = initial_state(source, model.config, depth=init.depth, width=init.width, seed=seed, noise=init.noise)
-    else:
-        state = learn_growth(
-            load_model(init.from_, f"members.{name}.init.from").state_dict(),
-            read_config(source),
-            model.config,
-            _loss_on(model, batches),
-            steps=init.learned,
-            seed=seed,
-        )
-    model.load_state_dict(state)
-
-
-def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Tensor]], Tensor]:
-    """A function from a state of `model` to its loss on the run's first batches, one after the other."""
-    steps = count()
-
-    def loss_of(state: dict[str, Tensor]) -> Tensor:
-        batch = batches.at(next(steps))[0]
-        logits_BTV = functional_call(model.eval(), state, kwargs={**batch.inputs, **call_options(model)}).logits
-        return cross_entropy(logits_BTV.flatten(0, 1)[batch.rows_N], batch.labels_N)
-
-    return loss_of
 
 
 def _cohort(run: Run, predictors: dict[str, Predictor], ranks: Ranks) -> Cohort:
@@ -299,7 +261,7 @@ def _check_sources(run: Run) -> None:
     for split in ("train", "validation"):
         if not getattr(run.data, split):
             raise UserError(
-                f"data.{split}: no text is named; give .txt or .parquet files, folders or globs, as in "
+                f"data.{split}: no text is named; give .txt, .jsonl or .parquet files, folders or globs, as in "
                 f"--set data.{split}=[corpus/*.parquet]"
             )
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from codistill.distributed import ALONE, Ranks, like, whole
 from codistill.errors import UserError
-from codistill.files import atomic_folder, sha256
+from codistill.files import atomic_folder, remove_folder, sha256
 
 
 class Trained(NamedTuple):
@@ -138,7 +138,7 @@ def write(
                 save_file(member.projections, fresh / name / "projections.safetensors")
         _write_manifest(fresh, step, scores)
     for old in _dropped(folder, retention):
-        shutil.rmtree(old, ignore_errors=True)
+        remove_folder(old)
     return place
 
 
@@ -209,7 +209,7 @@ def _dropped(folder: Path, retention: Retention) -> list[Path]:
     places = _steps(folder)
     kept = set(places[-retention.newest :])
     if retention.every is not None:
-        kept |= {place for place in places if int(place.name[5:]) % retention.every == 0}
+        kept |= {place for place in places if step_of(place) % retention.every == 0}
     if retention.best:
         scored = [(place, (_read_manifest(place) or {}).get("scores") or {}) for place in places]
         for name in {name for _, scores in scored for name in scores}:

@@ -80,8 +80,9 @@ class ModelConfig:
 class InitConfig:
     """What a member starts from instead of random numbers (docs/remap.md).
 
-    `from`: a model folder, as a finished run's members/NAME or a checkpoint's NAME. `depth` and `width` are ways of
-    `codistill.remap`, or a list of source layers; `learned` steps of LiGO on the run's own text.
+    `from`: a model folder, as a finished run's members/NAME or a checkpoint's NAME. `depth` and `width` are methods of
+    `codistill.remap`; `depth` may be a list of source layers instead, counted from 0. `learned`: steps of LiGO on the
+    run's own text, which begin from `depth` and find the widths themselves.
     """
 
     from_: str

@@ -293,6 +293,8 @@ def _device(asked: str | None, engine: Engine) -> torch.device:
         raise UserError(f"--device {asked}: PyTorch sees {torch.cuda.device_count()} GPUs here; give another, or cpu")
     if engine == "single" or device.type != "cuda":
         return device
+    if device.index is not None:
+        raise UserError(f"--device {asked}: torchrun gives each process a GPU of its own; give cuda, or leave it out")
     count = torch.cuda.device_count()
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
         raise UserError(f"torchrun --nproc-per-node: this node has {count} GPUs; start at most one process for each")

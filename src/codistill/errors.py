@@ -1,5 +1,8 @@
 """The ways in which a command can fail without being broken."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(Exception):
     """Something that was asked for cannot be done as asked (exit status 2).
@@ -10,6 +13,17 @@ class UserError(Exception):
 
 class MachineError(Exception):
     """The machine failed: no space, no permission, no memory (exit status 1). One line, as in `UserError`."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, cut to a line; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """ " (did you mean NAME?)" of the nearest of `names`, or "" where none is near."""
+    close = get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 class Elsewhere(Exception):

@@ -5,12 +5,13 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from codistill import distributed
 from codistill.data.tokenizers import Vocabulary, load_tokenizer
 from codistill.errors import UserError
-from codistill.families import FAMILIES
+from codistill.families import family_of, longest
+from codistill.folders import members_of
 
 
 def generate(
@@ -28,23 +29,27 @@ def generate(
     `temperature` 0 takes the likeliest token each time. Raises UserError where there is no such member, for a masked
     language model, and for more tokens than the model has positions.
     """
+    if tokens < 1:
+        raise UserError(f"--tokens {tokens}: at least one is needed")
     place = _member(folder, member)
     config = AutoConfig.from_pretrained(place)
-    if config.model_type not in FAMILIES or FAMILIES[config.model_type].objective != "clm":
-        raise UserError(f"{place}: {config.model_type} is no causal language model, and only those go on with a text")
+    family = family_of(config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (family is not None and family.objective != "clm"):
+        raise UserError(f"{place}: {config.model_type} is not a causal language model, and only those continue a text")
     tokenizer = load_tokenizer(place)
     vocabulary = Vocabulary.of(tokenizer)
     start = [] if vocabulary.start is None else [vocabulary.start]
     ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no token to begin with; give a word")
-    if len(ids) + tokens > config.max_position_embeddings:
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    positions = longest(model)
+    if positions is not None and len(ids) + tokens > positions:
         raise UserError(
-            f"--tokens {tokens}: with the prompt's {len(ids)} more than the {config.max_position_embeddings} positions "
-            f"of {member}; ask for fewer"
+            f"--tokens {tokens}: with the prompt's {len(ids)} that exceeds the {positions} positions of {member}; "
+            "ask for fewer"
         )
     where = distributed.start("single", device).device
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     cast(nn.Module, model).to(where)
     torch.manual_seed(seed)
     shown_T = torch.tensor([ids], device=where)
@@ -62,12 +67,10 @@ def generate(
 
 
 def _member(folder: Path, member: str) -> Path:
-    members = sorted(place.name for place in (folder / "members").glob("*") if (place / "config.json").is_file())
-    if not members:
-        raise UserError(f"{folder} holds no finished run (no members/NAME); give the folder of one")
+    members = members_of(folder)
     if member not in members:
         raise UserError(f"--member {member}: {folder} has no such member; there are {', '.join(members)}")
-    return folder / "members" / member
+    return members[member]
 
 
 def _padding(rows: int, vocabulary: int) -> list[int] | None:

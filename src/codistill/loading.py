@@ -4,7 +4,6 @@ Every refusal names the field, what came in, and what is wanted.
 """
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from codistill import schedules
-from codistill.config import ModelConfig, Run, edge_problem
-from codistill.errors import UserError
+from codistill.checks import check_whole
+from codistill.config import Run
+from codistill.errors import UserError, did_you_mean
 
 Part = TypeVar("Part")
 
@@ -99,8 +99,8 @@ def override(tree: dict, assignments: Sequence[str]) -> dict:
 def load(tree: Mapping[str, Any]) -> Run:
     """The `Run` that `tree` describes, checked field by field and then as a whole; raises UserError."""
     tree = {**tree, "members": _with_twins(tree.get("members", {}))}
-    run = _dataclass(Run, tree, "")
-    _check_whole(run)
+    run = _from_home(_dataclass(Run, tree, ""))
+    check_whole(run)
     return run
 
 
@@ -137,7 +137,7 @@ def _value(kind: Any, value: Any, field: str, limits: Mapping[str, Any]) -> Any:
 def _scalar(kind: Any, value: Any, field: str, limits: Mapping[str, Any]) -> Any:
     if get_origin(kind) is Literal:
         choices = [str(choice) for choice in get_args(kind)]
-        _expect(value in choices, field, value, f"one of {', '.join(choices)}{_nearest(str(value), choices)}")
+        _expect(value in choices, field, value, f"one of {', '.join(choices)}{did_you_mean(str(value), choices)}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
@@ -159,7 +159,7 @@ def _dataclass(kind: Any, value: Any, field: str) -> Any:
         if key not in fields:
             place = f"{field}.{key}" if field else str(key)
             raise UserError(
-                f"{place}: there is no such setting{_nearest(str(key), fields)}; there are {', '.join(fields)}"
+                f"{place}: there is no such setting{did_you_mean(str(key), fields)}; there are {', '.join(fields)}"
             )
     prefix = f"{field}." if field else ""
     for name, f in fields.items():
@@ -171,11 +171,6 @@ def _dataclass(kind: Any, value: Any, field: str) -> Any:
 def _expect(condition: bool, field: str, value: Any, wanted: str) -> None:
     if not condition:
         raise UserError(f"{field}: {value!r} came in where {wanted} is wanted")
-
-
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 # ---- the whole run -----------------------------------------------------------------------------
@@ -198,81 +193,18 @@ def _with_twins(members: Any) -> Any:
     return filled
 
 
-def _check_whole(run: Run) -> None:
-    for name, member in run.members.items():
-        _check_member(name, member)
-    if not run.trained:
-        raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
-    for index, edge in enumerate(run.distillation):
-        _check_edge(run, edge, f"distillation.{index}")
-    below = next((edge.kind for edge in run.distillation if edge.kind != "logits"), None)
-    if run.compile and below:
-        raise UserError(
-            f"compile: edges of kind {below} look into layers as they run, which compiled ones do not allow"
-        )
-    pairs = [(edge.teacher, edge.student, edge.kind) for edge in run.distillation]
-    for index, pair in enumerate(pairs):
-        if pair in pairs[:index]:
-            raise UserError(
-                f"distillation.{index}: {pair[0]!r} teaches {pair[1]!r} already; keep one edge of a pair and kind"
-            )
-    if run.batch.sequences % run.batch.accumulate:
-        raise UserError(
-            f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
-        )
-    if run.objective.name == "mlm" and round(run.objective.mask_rate * run.data.length) < 1:
-        raise UserError(
-            f"objective.mask_rate: {run.objective.mask_rate} of {run.data.length} tokens rounds to no predicted row; "
-            "raise it, or data.length"
-        )
+def _from_home(run: Run) -> Run:
+    """With ~ spelled out in the folders that members begin from."""
+
+    def spelled(member: Any) -> Any:
+        init = member.init and dataclasses.replace(member.init, from_=_home(member.init.from_))
+        return dataclasses.replace(member, path=member.path and _home(member.path), init=init)
+
+    return dataclasses.replace(run, members={name: spelled(member) for name, member in run.members.items()})
 
 
-def _check_member(name: str, member: Any) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-        raise UserError(f"members: {name!r} cannot name a member; use letters, digits, - and _ (it becomes a folder)")
-    if (member.model is None) == (member.path is None):
-        raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")
-    if member.init is not None and member.path is not None:
-        raise UserError(f"members.{name}.init: a member with a `path` has its parameters already; give `model` instead")
-    if member.cached is not None and not member.frozen:
-        raise UserError(
-            f"members.{name}.cached: {name} is trained, and only a frozen member's outputs stay as they are"
-        )
-    if member.gradient_checkpointing and member.frozen:
-        raise UserError(f"members.{name}.gradient_checkpointing: a frozen member keeps no activations; leave it out")
-    if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
-        raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
-    if member.model is not None:
-        _check_heads(member.model, f"members.{name}.model")
-
-
-def _check_heads(model: ModelConfig, field: str) -> None:
-    heads = model.heads or max(model.width // 64, 1)
-    if model.width % heads:
-        raise UserError(f"{field}.heads: a width of {model.width} does not divide into {heads} heads")
-    shared = model.key_value_heads
-    if shared is not None and (heads % shared or model.family in ("bert", "modernbert", "gpt2")):
-        raise UserError(
-            f"{field}.key_value_heads: {shared} came in; {model.family} with {heads} heads takes "
-            + ("a number that divides them" if heads % shared else "none: each head has its own")
-        )
-
-
-def _check_edge(run: Run, edge: Any, field: str) -> None:
-    for role in ("teacher", "student"):
-        name = getattr(edge, role)
-        if name not in run.members:
-            raise UserError(
-                f"{field}.{role}: there is no member {name!r}{_nearest(name, run.members)}; "
-                f"there are {', '.join(run.members)}"
-            )
-    if edge.teacher == edge.student:
-        raise UserError(f"{field}: {edge.teacher!r} cannot teach itself; name another teacher or student")
-    if run.members[edge.student].frozen:
-        raise UserError(f"{field}.student: {edge.student!r} is frozen and cannot learn; unfreeze it or drop the edge")
-    problem = edge_problem(edge)
-    if problem is not None:
-        raise UserError(f"{field}: {problem}")
+def _home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 # ---- plain trees -------------------------------------------------------------------------------
@@ -320,8 +252,8 @@ def _copied(tree: Any) -> Any:
 
 
 def _written(key: Any) -> Any:
-    """A key as it stands in a file: without the underscore of a name that Python reserves; a step is a number."""
-    return key.rstrip("_") if isinstance(key, str) else key
+    """A key as it stands in a file, where no name is reserved. Keys are names of members too, and of steps: numbers."""
+    return "from" if key == "from_" else key
 
 
 def _without_none(tree: Any) -> Any:

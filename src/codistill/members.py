@@ -7,7 +7,7 @@ D width, N predicted rows, V vocabulary.
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,18 @@ from transformers.utils import logging as transformers_logging
 from codistill.attention import use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
-from codistill.errors import UserError
-from codistill.families import FAMILIES, Family, Parts, bend, family_of, first_position, is_causal, split
+from codistill.errors import UserError, first_line
+from codistill.families import (
+    FAMILIES,
+    Family,
+    Parts,
+    bend,
+    family_of,
+    first_position,
+    is_causal,
+    local_window,
+    split,
+)
 from codistill.families.supported import check_folder, check_full_precision, check_model, check_objective
 from codistill.seeds import seed_of
 
@@ -60,6 +70,7 @@ class Predictor(nn.Module):
         self.model, self.vocabulary = model, vocabulary
         # Looked up once, because a walk through module names costs more than a tiny model's layer norm.
         self._parts, self._first_position = parts or split(model), first_position(model)
+        self._window = local_window(model)
 
     @classmethod
     def from_module(
@@ -88,6 +99,10 @@ class Predictor(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         if self._first_position and "position_ids" in inputs:
             inputs = {**inputs, "position_ids": inputs["position_ids"] + self._first_position}
+        mask = inputs.get("attention_mask")
+        if self._window is not None and mask is not None and mask.dim() == 4:
+            by_kind: dict[str, Any] = {"attention_mask": _for_each_kind_of_layer(mask, self._window)}
+            inputs = {**inputs, **by_kind}
         return self._parts.features(inputs, rows_N)
 
     @property
@@ -104,8 +119,8 @@ class Predictor(nn.Module):
         """(N, V), in float32 at least."""
         wide_NV = features_ND.to(torch.promote_types(features_ND.dtype, torch.float32))
         if self.output_weight is not None:
-            bias_V = None if self.output_bias is None else self.output_bias[: self.vocabulary]
-            return functional.linear(wide_NV, self.output_weight[: self.vocabulary], bias_V)
+            bias_V = None if self.output_bias is None else self.output_bias[: self.vocabulary].to(wide_NV.dtype)
+            return functional.linear(wide_NV, self.output_weight[: self.vocabulary].to(wide_NV.dtype), bias_V)
         return wide_NV[:, : self.vocabulary]
 
     @property
@@ -117,6 +132,13 @@ class Predictor(nn.Module):
     def num_parameters(self) -> int:
         """Tied tensors count once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def _for_each_kind_of_layer(mask_B1TT: Tensor, window: int) -> dict[str, Tensor]:
+    """transformers gives a whole mask to every layer as it is; a local layer needs it cut to its window."""
+    position_T = torch.arange(mask_B1TT.shape[-1], device=mask_B1TT.device)
+    is_near_TT = (position_T[:, None] - position_T).abs() <= window
+    return {"full_attention": mask_B1TT, "sliding_attention": mask_B1TT & is_near_TT}
 
 
 def call_options(model: PreTrainedModel) -> dict[str, bool]:
@@ -176,7 +198,7 @@ def load_model(
             )
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {path!r} cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{field}: {path!r} cannot be loaded: {first_line(error)}") from None
     check_full_precision(config, path, field)
     if objective is not None:
         check_objective(config.model_type, objective, f"{field}: {path!r}")
@@ -212,9 +234,7 @@ def _check_supported(config: PreTrainedConfig, objective: Objective, path: str, 
     """UserError where the logits are no linear function of features, or the family has no such model."""
     bent = bend(config)
     if bent is not None:
-        raise UserError(
-            f"{field}: {path!r} has {bent}, and the loss knows no caps or scales of logits; give a model without"
-        )
+        raise UserError(f"{field}: {path!r} sets {bent}; models that cap or scale their logits are not supported")
     code = getattr(config, "auto_map", {}) if trusted else {}
     auto, mapping, _ = _KINDS[objective]
     if type(config) not in mapping and auto.__name__ not in code:
@@ -240,7 +260,7 @@ def _load_weights(
             config.legacy = False  # DeBERTa's published weights have one head, and its default configuration the other
             model, report = load(config=config)
     except Exception as error:  # safetensors and the hub have error types of their own, none of them documented
-        raise UserError(f"{field}: the weights in {path!r} cannot be read: {_first_line(error)}") from None
+        raise UserError(f"{field}: the weights in {path!r} cannot be read: {first_line(error)}") from None
     needed = "" if needs_head else f"{model.base_model_prefix}."
     missing = sorted(key for key in report["missing_keys"] if key.startswith(needed))
     if missing:
@@ -253,7 +273,3 @@ def _load_weights(
 
 def _is_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

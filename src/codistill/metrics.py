@@ -105,8 +105,9 @@ class MetricsLog:
             self.recent.setdefault(key, deque(maxlen=_LINES_BEFORE)).append(value)
 
     def _append(self, line: Mapping[str, Any]) -> None:
+        line = _without_nan(line)
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
+            stream.write(json.dumps(line, allow_nan=False) + "\n")
         if self.also is not None:
             self.also(line)
 
@@ -124,9 +125,20 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _losses(table: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {name: score["loss"] for name, score in table.items()}
+def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
+    """`line` with null in place of numbers that are none: JSON knows no NaN, and a failure is no number."""
+    found = {}
+    for key, value in line.items():
+        is_none = isinstance(value, float) and not math.isfinite(value)
+        found[key] = _without_nan(value) if isinstance(value, Mapping) else None if is_none else value
+    return found
+
+
+def _losses(table: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+    """A loss that is no number is higher than any that is."""
+    losses = {name: score["loss"] for name, score in table.items()}
+    return {name: math.inf if loss is None or math.isnan(loss) else loss for name, loss in losses.items()}
 
 
 def _hard(named: Mapping[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in named.items() if key.endswith("/hard")}
+    return {key: value for key, value in named.items() if key.endswith("/hard") and value is not None}

@@ -76,7 +76,8 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
 
 def _results(run: Run, results: Mapping[str, Any], member: str) -> str:
     own, held_out, seed = results["members"][member], results["held_out"], results["seed"]
-    rows = [("loss (nats)", f"{own['loss']:.4f}"), ("perplexity", f"{own['perplexity']:.2f}")]
+    perplexity = "too large" if own["perplexity"] is None else f"{own['perplexity']:.2f}"
+    rows = [("loss (nats)", f"{own['loss']:.4f}"), ("perplexity", perplexity)]
     rows += [("accuracy (top 1)", f"{own['accuracy']:.2%}")]
     rows += [("unigram cross-entropy of the same tokens", f"{held_out['unigram_loss']:.4f}")]
     rows += [

@@ -21,6 +21,7 @@ from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
 from codistill.kernels.rows import scratch_bytes
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch
+from codistill.provenance import pre_trained
 
 _STEPS_TRIED = 3
 _MOST_FLOPS_TRIED = {"cpu": 2e12, "cuda": 2e15}  # of a step: above, trying some would itself take minutes
@@ -61,18 +62,18 @@ def plan(run: Run, device: torch.device) -> Plan:
     tokens = run.steps * run.batch.sequences * run.data.length
     parameters = {name: Predictor(model, vocabulary).num_parameters for name, model in models.items()}
     found = Plan(tokens, parameters, flops, memory, None, "", run.batch.accumulate > 1, _passes(run, tokens))
-    why = why_not_try(found.peak_bytes, a_step, device)
+    why = why_not_try(memory, found.peak_bytes, a_step, device)
     if why:
-        return replace(found, why_not=why + (_largest(memory) if "GiB" in why else ""))
+        return replace(found, why_not=why)
     seconds = seconds_a_step(run, models, vocabulary, device, getattr(torch, precision))
     return replace(found, seconds=seconds * run.steps)
 
 
 def _passes(run: Run, tokens: int) -> float | None:
     """How often `run` sees its text, if `data.tokens` or a prepared folder says how long that is."""
-    folder, unique = Path(run.data.train[0]), run.data.tokens
-    if len(run.data.train) == 1 and (folder / "manifest.json").is_file():
-        whole = int(read_manifest(folder)["tokens"])
+    unique, sources = run.data.tokens, run.data.train
+    if len(sources) == 1 and (Path(sources[0]) / "manifest.json").is_file():
+        whole = int(read_manifest(Path(sources[0]))["tokens"])
         unique = min(unique or whole, whole)
     return tokens / unique if unique else None
 
@@ -189,7 +190,7 @@ def _vocabulary(run: Run) -> int:
     """How many tokens the run tells apart."""
     spec = run.data.tokenizer
     if spec is None:
-        path = next((m.path for m in run.members.values() if m.path is not None), None)
+        path = next(iter(pre_trained(run).values()), None)
         tokenizer = None if path is None else load_own_tokenizer(path)
         if tokenizer is None:
             raise UserError("data.tokenizer: none is named, and no pre-trained member has one; name a tokenizer")
@@ -211,12 +212,15 @@ def model_of(run: Run, name: str, vocabulary: int) -> PreTrainedModel:
         )
 
 
-def why_not_try(needed: int, flops_a_step: float, device: torch.device) -> str:
-    """Why some steps that need so many bytes and operations should not be tried on `device`; "" if they may."""
+def why_not_try(memory: Mapping[str, int], needed: int, flops_a_step: float, device: torch.device) -> str:
+    """Why some steps that need so many bytes (`memory`: of what) and operations should not be tried on `device`, and
+    what to lower; "" if they may."""
     if flops_a_step > _MOST_FLOPS_TRIED.get(device.type, 0):
         return f"time not estimated: a step of {flops_a_step:.2g} FLOPs is too large to try here"
     free = _free_bytes(device)
-    return f"needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free" if needed > free else ""
+    if needed <= free:
+        return ""
+    return f"needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free{_largest(memory)}"
 
 
 def _largest(memory: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from codistill.config import Run
 from codistill.data.corpus import Corpus
@@ -44,7 +44,8 @@ def pre_trained(run: Run) -> dict[str, str]:
 
 
 def _weights_hash(path: str) -> str:
+    """Of a folder's weights, or the revision of a model of the hub."""
     if not Path(path).is_dir():
-        return "from the hub"
+        return str(PreTrainedConfig.get_config_dict(path)[0].get("_commit_hash") or "from the hub")
     files = sorted(file for kind in ("*.safetensors", "*.bin") for file in Path(path).glob(kind))
     return " ".join(sha256(file)[:16] for file in files)

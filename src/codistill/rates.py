@@ -43,10 +43,9 @@ def try_rates(
     return [_trial(run, rate, ranks.device, number * steps, advance) for number, rate in enumerate(rates)]
 
 
-def rates_table(trials: Sequence[Trial], steps: int) -> Table:
-    """Held-out losses by rate and member, the lowest of each member marked with *."""
+def rates_table(trials: Sequence[Trial], names: Sequence[str], steps: int) -> Table:
+    """Held-out losses by rate and trained member (`names`), the lowest of each member marked with *."""
     finite = [trial.losses for trial in trials if trial.losses is not None]
-    names = list(finite[0]) if finite else []
     title = f"Held-out loss (nats) after {steps:,} steps, one run of each rate"
     table = Table(box=SIMPLE, min_width=66, title=title, caption=_caption(trials, names))
     for heading in ("peak rate", *names):
@@ -91,7 +90,9 @@ def _cell(trial: Trial, name: str, finite: Sequence[Mapping[str, float]]) -> str
 def _caption(trials: Sequence[Trial], names: Sequence[str]) -> str:
     lines = []
     for name in names:
-        best = min((trial.losses[name], trial.rate) for trial in trials if trial.losses)[1]
+        best = min(((trial.losses[name], trial.rate) for trial in trials if trial.losses), default=(0, None))[1]
+        if best is None:
+            return "no rate stayed finite: try lower ones"
         edge = {min(t.rate for t in trials): "lowest", max(t.rate for t in trials): "highest"}.get(best)
         lines.append(f"{name}: {best:g}" + (f", the {edge} that was tried: try others beyond it" if edge else ""))
     return "\n".join(lines)

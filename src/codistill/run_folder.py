@@ -1,9 +1,11 @@
 """A run's folder: whether a run may use it, what has changed since it was made, and what is written when it ends."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
 from codistill.files import atomic_folder, machine_error, remove_folder, write_file
+from codistill.folders import is_run_folder
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
@@ -23,6 +26,11 @@ from codistill.scores import Score
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
 DETERMINING = ("data", "tokenizer", "members", "versions")
 _JOB = ".job"
+# What a run, its trackers, its report and a study's scores leave in its folder.
+_OWN = (
+    *("run.yaml", "run.before-*.yaml", _JOB, "metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
+    *("tensorboard", "wandb", ".wandb", ".trackio", ".mlflow", "scores", "agreement.json", ".*.partial", ".*.removed"),
+)
 
 
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
@@ -35,7 +43,7 @@ def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_chang
     if not (out / "run.yaml").is_file():
         raise UserError(f"{out} exists and is no run folder (it has no run.yaml); give another --out")
     if fresh:
-        return
+        return _check_own(out)
     if not resume:
         state = "a finished" if (out / "results.json").exists() else "an unfinished"
         raise UserError(f"{out} holds {state} run; --resume continues it, --fresh replaces it, --out goes elsewhere")
@@ -44,6 +52,18 @@ def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_chang
         raise UserError(
             f"{out} holds another run: {changes[0]}; resume it as it is with `codistill train {out / 'run.yaml'} "
             "--resume`, go on with the change with --accept-changes, or give another --out"
+        )
+
+
+def _check_own(out: Path) -> None:
+    """UserError unless a run was begun in `out` and nothing else lies there: all of it is about to be deleted."""
+    if not is_run_folder(out):
+        raise UserError(f"{out}: no run was begun there, so --fresh does not delete it; give another --out")
+    strangers = sorted(place.name for place in out.iterdir() if not any(place.match(own) for own in _OWN))
+    if strangers:
+        raise UserError(
+            f"{out} holds more than a run ({', '.join(strangers[:3])}), and --fresh would delete that too; "
+            "move it away, or give another --out"
         )
 
 
@@ -70,7 +90,8 @@ def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
         file, text = out / "run.yaml", to_yaml(run)
         if resume and (before := file.read_text(encoding="utf-8")) != text:
-            write_file(out / f"run.before-{len(list(out.glob('run.before-*.yaml')))}.yaml", before)
+            places = (out / f"run.before-{number}.yaml" for number in count())
+            write_file(next(place for place in places if not place.exists()), before)
         # First of all, so that whatever is killed from here on leaves a folder that can be resumed.
         write_file(file, text)
         (out / "checkpoints").mkdir(exist_ok=True)
@@ -95,8 +116,8 @@ def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, A
     if before != now and ranks.is_main:
         was, is_now = (f"{part['ranks']} x {part['engine']}" for part in (before, now))
         print(
-            f"{out}: computed as {was} so far, as {is_now} from step {first} on: the same samples and masks in "
-            "the same order, results equal but for rounding, and for the noise of dropout",
+            f"{out}: was computed as {was}, and is as {is_now} from step {first} on: samples, masks and their order "
+            "stay; rounding and the noise of dropout differ",
             file=sys.stderr,
         )
     return past if past and before == now else [*past, {"from_step": first, **now}]
@@ -162,10 +183,10 @@ def _result(run: Run, built: Built, name: str, ending: Ending) -> dict[str, Any]
     score = ending.scores[name]
     return {
         "loss": score.loss,
-        "perplexity": score.perplexity,
+        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
         "accuracy": score.accuracy,
         "parameters": built.cohort.members[name].predictor.num_parameters,
-        "taught_by": [edge.teacher for edge in run.distillation if edge.student == name],
+        "taught_by": list(dict.fromkeys(edge.teacher for edge in run.distillation if edge.student == name)),
         "twin_of": run.members[name].twin_of,
         "frozen": run.members[name].frozen,
         "best": None if run.members[name].frozen else ending.best.get(name),

@@ -32,7 +32,7 @@ def check_installed(sinks: Sequence[str]) -> None:
     for name in sinks:
         if find_spec(name) is None:
             raise UserError(
-                f"track: {name} is not installed; pip install 'codistill[{_EXTRAS[name]}]' brings it, "
+                f"track: {name} is not installed; codistill's extra `{_EXTRAS[name]}` brings it (docs/install.md), "
                 "or leave it out of `track` (metrics.jsonl is written always)"
             )
 
@@ -80,7 +80,7 @@ def _or_warning(name: str, step: int | None, act: Callable[[], Any]) -> Any:
     except Exception as error:  # whatever a tracker raises must not cost a run
         words = " ".join(f"{type(error).__name__}: {error}".split())
         at = "at the end" if step is None else f"after step {step}"
-        print(f"track: {name} failed {at} ({words}); going on without it, metrics.jsonl is whole", file=sys.stderr)
+        print(f"track: {name} failed {at} ({words}); continuing without it; metrics.jsonl is complete", file=sys.stderr)
         return None
 
 

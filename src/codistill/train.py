@@ -60,8 +60,11 @@ def train(
 
     `resume` continues an unfinished run bit for bit; `fresh` replaces one; with neither, `out` must hold none.
     `accept_changes` resumes although the configuration, text, tokenizer or versions are not what they were. `stop_at`
-    saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way. Seeds PyTorch's
-    global generators. Raises UserError for what is wrong in `run`, MachineError for the disk.
+    saves before that step and raises `Stopped`, as SIGTERM and SIGINT do after the step under way.
+
+    For the rest of the process: PyTorch's global generators are seeded, its deterministic algorithms are on if `run`
+    asks for them, and the C library keeps what a step frees. Raises UserError for what is wrong in `run`, MachineError
+    for the disk.
     """
     check_installed(run.track)
     ranks = distributed.start(run.distributed, device)
@@ -72,7 +75,8 @@ def train(
     keep_freed_memory()
     run = replace(run, precision=resolved_precision(run, ranks.device), compile=resolved_compile(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
-    torch.use_deterministic_algorithms(run.deterministic)
+    if run.deterministic:
+        torch.use_deterministic_algorithms(True)
     built = build(run, ranks.device, ranks)
     accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
     ranks.together(accept)
@@ -101,7 +105,7 @@ def _restored(run: Run, built: Built, out: Path) -> int:
 
     ranks.together(check)
     if ranks.is_main:
-        print(f"{out}: going on from step {first}" + ("" if saved else ", as no checkpoint was made"), file=sys.stderr)
+        print(f"{out}: resuming from step {first}" + ("" if saved else " (no checkpoint was saved)"), file=sys.stderr)
     return first
 
 
@@ -165,7 +169,7 @@ def _loop(
             metrics |= built.cohort.weight_norms()
             ranks.together(partial(_report, built, done, metrics, log, advance))
         if ends or done % run.evaluate.every == 0:
-            scores = score_members(built, run)
+            scores = score_members(built, run, scores)
             ranks.together(partial(log.write_held_out, done, scores))
             advance(done, numbers={f"{name}/held_out_loss": score.loss for name, score in scores.items()})
             losses = {member.name: scores[member.name].loss for member in built.cohort.trained}
@@ -203,12 +207,17 @@ def check_finite(built: Built) -> None:
         raise NonFiniteError(f"{failure}; the batch held the rows {shown} of data.train")
 
 
-def score_members(built: Built, run: Run) -> dict[str, Score]:
-    """Held-out score of every member, frozen ones too."""
+def score_members(built: Built, run: Run, before: Mapping[str, Score] | None = None) -> dict[str, Score]:
+    """Held-out score of every member; of a frozen one that was scored `before`, that score."""
     precision = getattr(torch, run.precision)
     ranks = built.cohort.ranks
     with torch.compiler.set_stance("force_eager"):  # scores do not depend on `compile`
-        return {m.name: held_out(m.predictor, built.held_out, precision, ranks) for m in built.cohort.members.values()}
+        return {
+            name: before[name]
+            if before and not member.is_trained
+            else held_out(member.predictor, built.held_out, precision, ranks)
+            for name, member in built.cohort.members.items()
+        }
 
 
 @contextmanager

@@ -12,9 +12,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, AutoModel
 
-from codistill.bench.measure import interleaved, machine
+from codistill.bench.measure import interleaved, machine, place_of
 from codistill.errors import UserError
+from codistill.families import longest
+from codistill.folders import members_of
 from codistill.members import load_model
 
 Answer = Callable[[np.ndarray], None]  # computes all logits of (B, T) token ids
@@ -39,11 +42,10 @@ def bench_latency(
     export's) stands beside the speed. PyTorch computes in float32. Raises UserError for a folder that holds no model
     and a length that a model cannot take.
     """
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"device: {device!r} is not here; wanted 'cpu' or, where there is one, 'cuda'")
+    place_of(device)
     found = {name: place for path in models for name, place in _found(path).items()}
-    longest = max(lengths)
-    answers = {name: _answer(place, device, longest) for name, place in found.items()}
+    longest_asked = max(lengths)
+    answers = {name: _answer(place, device, longest_asked) for name, place in found.items()}
     rows = [_facts(name, place) for name, place in found.items()]
     with torch.inference_mode():
         for length in lengths:
@@ -88,7 +90,7 @@ def table(result: dict) -> Table:
 def _found(path: Path) -> dict[str, Path]:
     """Folders of models in `path`, by the name that they get in the table."""
     if (path / "run.yaml").is_file():
-        return {f"{path.name}/{place.name}": place for place in sorted((path / "members").glob("*"))}
+        return {f"{path.resolve().name}/{name}": place for name, place in members_of(path).items()}
     if not (path / "config.json").is_file():
         raise UserError(f"{path}: no model and no finished run; give a model folder, an exported one, or a run folder")
     return {path.name: path}
@@ -110,10 +112,11 @@ def _facts(name: str, place: Path) -> dict[str, Any]:
     }
 
 
-def _answer(place: Path, device: str, longest: int) -> Answer:
-    positions = json.loads((place / "config.json").read_text()).get("max_position_embeddings")
-    if positions is not None and positions < longest:
-        raise UserError(f"--length {longest}: {place} takes at most {positions} tokens")
+def _answer(place: Path, device: str, length: int) -> Answer:
+    with torch.device("meta"):
+        positions = longest(AutoModel.from_config(AutoConfig.from_pretrained(place)))
+    if positions is not None and positions < length:
+        raise UserError(f"--length {length}: {place} takes at most {positions} tokens")
     return _onnx(place) if (place / "model.onnx").is_file() else _pytorch(place, device)
 
 
@@ -130,7 +133,7 @@ def _onnx(place: Path) -> Answer:
     try:
         import onnxruntime
     except ImportError:
-        raise UserError(f"{place}: onnxruntime is not installed; pip install 'codistill[onnx]' brings it") from None
+        raise UserError(f"{place}: onnxruntime is not installed; codistill's extra `onnx` brings it") from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(place / "model.onnx", options, providers=["CPUExecutionProvider"])

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import interleaved, machine, peak_bytes, summary
+from codistill.bench.measure import interleaved, machine, peak_bytes, place_of, summary
 from codistill.bench.providers import MEMBERS, PROVIDERS, Loss, Setting, random_setting
 from codistill.errors import UserError
 
@@ -96,8 +96,7 @@ def _check(device: str, dtype: str, chosen: list[str]) -> None:
         raise UserError(f"providers: {unknown[0]!r} is unknown; known are {', '.join(PROVIDERS)}")
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype: {dtype!r}; wanted 'float32' or 'bfloat16'")
-    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
-        raise UserError(f"device: {device!r} is not here; wanted 'cpu' or, where there is one, 'cuda'")
+    place_of(device)
 
 
 def _comparable(setting: Setting, close: Setting, rows_of: dict[str, dict]) -> dict[str, Loss]:

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from codistill.errors import UserError
+
 
 def interleaved(steps: Mapping[str, Callable[[], None]], runs: int, device: str) -> dict[str, list[float]]:
     """Seconds of every run of every step. All take a turn before any takes its next, so that a machine that slows
@@ -63,6 +65,13 @@ def live_bytes(step: Callable[[], object]) -> int:
 def summary(seconds: list[float]) -> dict:
     """Median, extremes and every run, in seconds."""
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
+
+
+def place_of(device: str) -> torch.device:
+    """The device to measure on; UserError where there is none of that name."""
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise UserError(f"device: {device!r} is not here; wanted 'cpu' or, where there is one, 'cuda'")
+    return torch.device(device)
 
 
 def machine(device: str, packages: tuple[str, ...] = ()) -> dict:

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from codistill.bench.measure import interleaved, machine, peak_bytes, summary
+from codistill.bench.measure import interleaved, machine, peak_bytes, place_of, summary
 from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_peers import modelopt, pytorch_dml, textbrewer
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
@@ -70,7 +70,7 @@ def bench_step(
     unknown = [name for name in chosen if name not in PROVIDERS]
     if unknown:
         raise UserError(f"providers: {unknown[0]!r} is unknown; known are {', '.join(PROVIDERS)}")
-    place = torch.device(device)
+    place = place_of(device)
     keep_freed_memory()  # for all alike, as a run does
     run = replace(run, precision=resolved_precision(run, place))
     built = build(run, place)

@@ -24,18 +24,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except MachineError as error:
         _fail(str(error), 1)
+    except (RuntimeError, MemoryError) as error:
+        _fail_without_memory(error)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Elsewhere as error:  # of several processes that torchrun started, another says why
         sys.exit(error.args[0])
 
 
+def _fail_without_memory(error: BaseException) -> None:
+    """Ends with a line where `error` is want of memory, and raises it again where it is not."""
+    from codistill.machine import is_out_of_memory  # imports torch, as whatever raised this has
+
+    if not is_out_of_memory(error):
+        raise error
+    remedy = "lower batch.sequences, raise batch.accumulate, or set gradient_checkpointing"
+    _say(f"out of memory: {next(iter(str(error).splitlines()), 'no more is left')}; for a run, {remedy}")
+    sys.exit(1)  # on whichever rank it happens: the others do not know
+
+
 def _fail(message: str, status: int) -> None:
-    if not speaks("LOCAL_RANK"):
-        sys.exit(status)
+    if speaks("LOCAL_RANK"):
+        _say(message)
+    sys.exit(status)
+
+
+def _say(message: str) -> None:
     line = " ".join(message.split())
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]codistill:[/] {escape(line)}")
-    sys.exit(status)
 
 
 __all__ = ["app", "main"]

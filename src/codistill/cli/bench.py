@@ -63,6 +63,7 @@ def bench_data(
         ratio = f"{row['ratio']:.2f} × the bare library" if row.get("ratio") else ""
         console.print(f"{row['what']:<40} {row['cores']} core(s) {row['tokens_per_second']:>12,.0f} tokens/s  {ratio}")
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -14,7 +14,7 @@ def evaluate(
     models: Annotated[list[str], Parameter(help="Model folders, hub names, or run folders (all their members).")],
     /,
     *,
-    tasks: Annotated[str, Parameter(help="Of mlm, glue, glue/cola …, blimp; with commas.")],
+    tasks: Annotated[str, Parameter(help="Comma-separated: mlm, glue (all nine), glue/TASK, blimp.")],
     out: Annotated[Path, Parameter(help="The folder for results; what it holds already is not computed again.")],
     data: Annotated[Path | None, Parameter(help="A folder with glue/, blimp/, text/ (docs/evaluation.md).")] = None,
     seeds: Annotated[int, Parameter(help="Fine-tunings of each model and GLUE task; 5 or more for a claim.")] = 1,

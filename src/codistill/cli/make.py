@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from codistill.cli.console import app, console
+from codistill.errors import UserError
 
 
 @app.command
@@ -17,9 +18,9 @@ def prepare(
     out: Annotated[Path, Parameter(help="The folder to write; it appears whole or not at all.")],
     column: Annotated[str, Parameter(help="The column or key that holds the text.")] = "text",
     unit: Annotated[
-        Literal["document", "paragraph", "sentence"], Parameter(help="What is kept or left out.")
+        Literal["document", "paragraph", "sentence"], Parameter(help="The unit that --keep-every counts.")
     ] = "document",
-    keep_every: Annotated[int, Parameter(help="Keep one unit of every so many (the DWT paper: 4 sentences).")] = 1,
+    keep_every: Annotated[int, Parameter(help="Keep one of every N units (the DWT paper kept 1 of 4 sentences).")] = 1,
     held_out: Annotated[float, Parameter(help="The share of documents that goes to DIR/held_out instead.")] = 0.0,
     bad_utf8: Annotated[Literal["refuse", "replace"], Parameter(help="What to do with broken UTF-8.")] = "refuse",
     processes: Annotated[int | None, Parameter(help="By default one per core; changes no byte.")] = None,
@@ -54,10 +55,14 @@ def remap(
     *,
     to: Annotated[Path, Parameter(help="The config.json of the model to make, or a folder with one.")],
     out: Annotated[Path, Parameter(help="The folder to write; it appears whole or not at all.")],
-    depth: Annotated[str | None, Parameter(help="A way (docs/remap.md), or source layers as in 0,1,2,2.")] = None,
-    width: Annotated[str | None, Parameter(help="A way (docs/remap.md), where the widths differ.")] = None,
-    noise: Annotated[float, Parameter(help="How unevenly copies share what reads them; 0: exactly alike.")] = 0.0,
-    seed: Annotated[int, Parameter(help="Of whatever a way draws at random.")] = 0,
+    depth: Annotated[
+        str | None, Parameter(help="A method (docs/remap.md), or source layers, counted from 0, as in 0,1,2,2.")
+    ] = None,
+    width: Annotated[str | None, Parameter(help="A method (docs/remap.md), where the widths differ.")] = None,
+    noise: Annotated[
+        float, Parameter(help="Relative noise that makes copied units differ; 0 keeps exact copies.")
+    ] = 0.0,
+    seed: Annotated[int, Parameter(help="Seed of the methods that draw at random.")] = 0,
 ) -> None:
     """Make a model of another size from a model.
 
@@ -65,6 +70,15 @@ def remap(
     """
     from codistill.remap import remap_folder
 
-    layers = [int(part) for part in depth.split(",")] if depth and depth[0].isdigit() else depth
-    remap_folder(source, to, out=out, depth=layers, width=width, noise=noise, seed=seed)
+    remap_folder(source, to, out=out, depth=_layers(depth), width=width, noise=noise, seed=seed)
     console.print(f"{out}: a model folder, from {source}", markup=False)
+
+
+def _layers(depth: str | None) -> list[int] | str | None:
+    """Source layers where `depth` lists them, else the name of a method."""
+    if not depth or not depth[0].isdigit():
+        return depth
+    try:
+        return [int(part) for part in depth.split(",")]
+    except ValueError:
+        raise UserError(f"--depth {depth}: give a method (docs/remap.md), or source layers as in 0,1,2,2") from None

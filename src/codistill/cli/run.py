@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from codistill.cli.console import Device, Settings, Source, app, console, resolve, speaks
 from codistill.config import Run
 from codistill.errors import UserError
+from codistill.folders import is_run_folder
 from codistill.loading import to_yaml
 from codistill.recipes import RECIPES, check_teachers
 
@@ -52,8 +53,8 @@ def lr(
     /,
     *,
     set_: Settings = None,
-    rates: Annotated[str, Parameter(help="Peak learning rates, with commas.")] = "1e-4,3e-4,1e-3,3e-3,1e-2",
-    steps: Annotated[int, Parameter(help="Of each of the short runs.")] = 100,
+    rates: Annotated[str, Parameter(help="Peak learning rates, comma-separated.")] = "1e-4,3e-4,1e-3,3e-3,1e-2",
+    steps: Annotated[int, Parameter(help="Steps of each short run.")] = 100,
     device: Device = None,
 ) -> None:
     """Find learning rates: a short run of the whole cohort for each rate, and what each member reached.
@@ -69,7 +70,7 @@ def lr(
         from codistill.rates import rates_table, try_rates
     with shown("trying", steps * len(tried)) as advance:
         trials = try_rates(run, tried, steps, device=device, advance=advance)
-    console.print(rates_table(trials, steps))
+    console.print(rates_table(trials, run.trained, steps))
 
 
 @app.command
@@ -118,7 +119,7 @@ def _rate(text: str) -> float:
 
 def _default_folder(source: str) -> Path:
     path = Path(source)
-    if path.name == "run.yaml":
+    if path.name == "run.yaml" and is_run_folder(path.parent):
         return path.parent
     return Path("runs") / (path.stem if path.suffix else source.replace(":", "-"))
 

@@ -24,7 +24,7 @@ def cache_teacher(
     set_: Settings = None,
     device: Device = None,
 ) -> None:
-    """Run a frozen teacher once over all that a run will ask it, for `members.NAME.cached`.
+    """Store a frozen teacher's outputs for a whole run, for `members.NAME.cached`.
 
     Example: codistill cache-teacher dwt-clm:tiny --member weak --out runs/weak-cache
     """

@@ -14,13 +14,13 @@ def generate(
     prompt: Annotated[str, Parameter(help="What the text begins with.")],
     /,
     *,
-    member: Annotated[str, Parameter(help="Which of its models.")],
-    tokens: Annotated[int, Parameter(help="At most so many more.")] = 64,
+    member: Annotated[str, Parameter(help="Which of its members.")],
+    tokens: Annotated[int, Parameter(help="The most new tokens.")] = 64,
     temperature: Annotated[float, Parameter(help="0 takes the likeliest token each time.")] = 0.8,
-    seed: Annotated[int, Parameter(help="Of the draws.")] = 0,
+    seed: Annotated[int, Parameter(help="Seed of the sampling.")] = 0,
     device: Device = None,
 ) -> None:
-    """Go on with a text, with a causal member of a finished run.
+    """Continue a text with a causal member of a finished run.
 
     Example: codistill generate runs/dwt-clm --member large "The old king"
     """

@@ -17,7 +17,7 @@ from typing import IO, NamedTuple
 
 from codistill.data.builtin import builtin_documents
 from codistill.data.sources import Source
-from codistill.errors import UserError
+from codistill.errors import UserError, first_line
 
 PIECE = 1 << 17
 LONGEST_LINE = 64 << 20
@@ -148,7 +148,7 @@ def _parquet(source: Source, reading: Reading) -> Iterator[Piece]:
                     row += 1
                 reading.position = source.size * row // max(1, file.metadata.num_rows)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{source.name}: damaged or no Parquet file ({_first_line(error)})") from error
+        raise UserError(f"{source.name}: damaged or no Parquet file ({first_line(error)})") from error
 
 
 def _require_column(schema, source: Source, reading: Reading) -> None:
@@ -183,13 +183,13 @@ def _hub_rows(source: Source) -> Iterable[dict]:
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError(f"source {source.name}: needs the datasets package; pip install 'codistill[data]'") from error
+        raise UserError(f"source {source.name}: it needs codistill's extra `data` (docs/install.md)") from error
     name, *rest = source.name.removeprefix("hub:").split(":")
     split = rest[-1] if rest else "train"
     try:
         return load_dataset(name, *rest[:-1], split=split, streaming=True)
     except Exception as error:
-        raise UserError(f"source {source.name}: cannot be opened ({_first_line(error)})") from error
+        raise UserError(f"source {source.name}: cannot be opened ({first_line(error)})") from error
 
 
 class _Watched(io.RawIOBase):
@@ -213,7 +213,7 @@ class _Watched(io.RawIOBase):
             self.reading.position = self.counted.tell()
         except (OSError, EOFError, zlib.error) as error:
             place = f"{self.source.name}, near byte {self.counted.tell()} of {self.source.size}"
-            raise UserError(f"{place}: damaged or cut short ({_first_line(error)})") from error
+            raise UserError(f"{place}: damaged or cut short ({first_line(error)})") from error
         buffer[: len(data)] = data
         return len(data)
 
@@ -235,8 +235,3 @@ def _decompressed(plain: IO[bytes], suffix: str):
 
         return pa.CompressedInputStream(pa.PythonFile(plain, mode="r"), "zstd")
     return plain
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from codistill.data.builtin import builtin_fingerprint
 from codistill.errors import UserError
+from codistill.files import sha256
 
 FORMATS = {
     ".txt": "text",
@@ -21,7 +22,6 @@ FORMATS = {
     ".jsonl.zst": "jsonl",
     ".parquet": "parquet",
 }
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,10 @@ def fingerprint(source: Source, memory: Path | None = None) -> str:
 
 def hash_file(path: Path) -> str:
     """SHA-256 (hex) of a file; UserError when it cannot be read."""
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    return digest.hexdigest()
 
 
 def _find(name: str) -> list[Source]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from codistill.data.tokenizers import Vocabulary, encoder_of
-from codistill.errors import UserError
+from codistill.errors import UserError, first_line
 from codistill.evaluate.spread import spread
 from codistill.members import Predictor
 
@@ -43,11 +43,12 @@ def read_pairs(data: Path | None, limit: int | None = None) -> Pairs:
 
     files = sorted((data / "blimp").glob("*.parquet")) if data else []
     if not files:
-        raise UserError(f"--data {data}: no blimp/*.parquet there; BLiMP is read from such a file")
+        given = "" if data is None else f"--data {data}: it has no blimp/*.parquet; "
+        raise UserError(f"{given}blimp: give --data DIR, a folder with blimp/*.parquet")
     try:
         columns = parquet.ParquetDataset(files).read().to_pydict()
     except (OSError, ArrowException) as error:
-        raise UserError(f"{files[0]}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{files[0]}: cannot be read as Parquet ({first_line(error)})") from None
     for column in COLUMNS:
         if column not in columns:
             raise UserError(f"{files[0]}: no column {column!r}, only {', '.join(columns)}")

@@ -81,7 +81,7 @@ def check_out(out: Path) -> None:
 
 
 def _without_nan(content: Any) -> Any:
-    return _mapped(content, lambda value: "nan" if isinstance(value, float) and math.isnan(value) else value)
+    return _mapped(content, lambda value: "nan" if isinstance(value, float) and not math.isfinite(value) else value)
 
 
 def _with_nan(content: Any) -> Any:

@@ -1,6 +1,7 @@
 """The models under evaluation: found by name, loaded once, known by their content."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from codistill.attention import use_short_attention
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
-from codistill.families import is_causal
+from codistill.families import is_causal, longest
+from codistill.folders import members_of
 from codistill.members import Predictor, load_model, load_own_tokenizer
 
 
@@ -33,7 +35,7 @@ class Subject:
     @property
     def positions(self) -> int:
         """The longest text it takes, in tokens."""
-        return self.model.config.max_position_embeddings
+        return longest(self.model) or sys.maxsize
 
     @property
     def has_types(self) -> bool:
@@ -84,10 +86,7 @@ def _members(name: str) -> list[tuple[str, str]]:
     folder = Path(name).expanduser()
     if not (folder / "run.yaml").is_file():
         return [(name.rstrip("/") if not folder.is_dir() else _short(folder), str(folder) if folder.is_dir() else name)]
-    members = sorted(place for place in (folder / "members").glob("*") if (place / "config.json").is_file())
-    if not members:
-        raise UserError(f"models: the run {folder} has no members yet; finish it with codistill train --resume")
-    return [(f"{folder.resolve().name}/{place.name}", str(place)) for place in members]
+    return [(f"{folder.resolve().name}/{member}", str(place)) for member, place in members_of(folder).items()]
 
 
 def _short(folder: Path) -> str:

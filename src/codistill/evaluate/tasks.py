@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codistill.errors import UserError
+from codistill.errors import UserError, first_line
 from codistill.evaluate.metrics import METRICS
 
 
@@ -18,7 +18,7 @@ class Task:
     """A GLUE task. `metrics` are the official ones; the score is the mean of those in `scored`.
 
     `classes` are the labels' names by id, empty for a regression; `file` is the GLUE server's name for predictions,
-    which spells classes out where `spelled`. `dev` maps our name of each evaluation split to the names it may have.
+    which spells classes out where `spelled`. `splits`: what is predicted, the scored one first.
     """
 
     columns: tuple[str, ...]
@@ -144,7 +144,7 @@ def _from_folder(data: Path, name: str, split: str) -> tuple[dict[str, list], st
             for column, values in parquet.read_table(file).to_pydict().items():
                 columns.setdefault(column, []).extend(values)
     except (OSError, ArrowException) as error:
-        raise UserError(f"{found[0]}: cannot be read as Parquet ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{found[0]}: cannot be read as Parquet ({first_line(error)})") from None
     return columns, str(found[0])
 
 
@@ -164,11 +164,11 @@ def _from_hub(name: str, split: str) -> tuple[dict[str, list], str] | None:
     except ImportError:
         raise UserError(
             "--data: no folder is named, and the package `datasets`, which would fetch GLUE, is not installed; "
-            "give a folder with glue/TASK/train.parquet, or pip install 'codistill[data]'"
+            "give a folder with glue/TASK/train.parquet, or install codistill's extra `data` (docs/install.md)"
         ) from None
     try:
         loaded = load_dataset("nyu-mll/glue", name)
     except Exception as error:  # of the hub client, the network, or Arrow: no common type
-        raise UserError(f"nyu-mll/glue {name}: cannot be fetched ({str(error).splitlines()[0]})") from None
+        raise UserError(f"nyu-mll/glue {name}: cannot be fetched ({first_line(error)})") from None
     stem = split.replace("dev", "validation")
     return (loaded[stem].to_dict(), f"nyu-mll/glue {name} {stem}") if stem in loaded else None

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from codistill.errors import MachineError, UserError
 from codistill.export.onnx import compare, convert, quantise, size
 from codistill.files import atomic_folder
+from codistill.folders import members_of
 from codistill.loading import load, read_run
 from codistill.model_card import model_card
 
@@ -47,19 +48,17 @@ def _card(folder: Path, member: str) -> str:
 
 
 def _member_folder(folder: Path, member: str) -> Path:
-    if not (folder / "results.json").is_file():
-        raise UserError(f"{folder} holds no finished run (no results.json); give the folder of one")
-    names = sorted(place.name for place in (folder / "members").iterdir())
-    if member not in names:
-        raise UserError(f"--member: there is no member {member!r} in {folder}; there are {', '.join(names)}")
-    return folder / "members" / member
+    members = members_of(folder)
+    if member not in members:
+        raise UserError(f"--member {member}: {folder} has no such member; there are {', '.join(members)}")
+    return members[member]
 
 
 def _check_installed() -> None:
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
         raise UserError(
-            f"--format: {' and '.join(missing)} not installed; pip install 'codistill[onnx]' brings what ONNX needs"
+            f"--format: {' and '.join(missing)} not installed; codistill's extra `onnx` brings it (docs/install.md)"
         )
 
 

@@ -22,6 +22,7 @@ from codistill.data.batches import held_out
 from codistill.data.prepare import cached
 from codistill.data.tokenizers import load_tokenizer, vocabulary_size
 from codistill.errors import MachineError, UserError
+from codistill.families import longest
 from codistill.loading import load, read_run
 from codistill.members import load_model
 from codistill.objectives import Batch
@@ -77,7 +78,7 @@ def quantise(float32: Path, int8: Path) -> None:
 
 def _shapes(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Two shapes (B, T); the second is longer than a local attention window, and has another batch."""
-    return [(2, 9), (3, min(200, model.config.max_position_embeddings - 2))]  # RoBERTa counts positions from 2
+    return [(2, 9), (3, min(200, longest(model) or 200))]
 
 
 def _inputs(model: PreTrainedModel, sequences: int, length: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,18 @@ from codistill.families.masked import MASKED, MASKED_LEGACY
 
 FAMILIES: Mapping[str, Family] = {**MASKED, **CAUSAL}
 
-__all__ = ["FAMILIES", "Family", "Parts", "bend", "family_of", "first_position", "is_causal", "longest", "split"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Parts",
+    "bend",
+    "family_of",
+    "first_position",
+    "is_causal",
+    "local_window",
+    "longest",
+    "split",
+]
 
 
 def family_of(config: PreTrainedConfig) -> Family | None:
@@ -54,6 +65,16 @@ def first_position(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return cast(int, module.padding_idx) + 1
     return 0
+
+
+def local_window(model: nn.Module) -> int | None:
+    """How far the local layers of a masked LM look to either side, where it has such layers beside global ones."""
+    config = getattr(model, "config", None)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()) or is_causal(
+        cast(PreTrainedModel, model)
+    ):
+        return None
+    return cast(int | None, getattr(config, "sliding_window", None))
 
 
 def longest(model: PreTrainedModel) -> int | None:

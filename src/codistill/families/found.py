@@ -94,9 +94,12 @@ def _difference(original: nn.Module) -> str | None:
 
 @contextmanager
 def _passing_through(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` gives back what it is given."""
+    """Inside, `module` gives back what it is given; afterwards it has the `forward` that it had, of its own or not."""
+    before = module.__dict__.get("forward")
     module.forward = lambda features: features  # type: ignore[method-assign]
     try:
         yield
     finally:
         del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]

@@ -35,9 +35,10 @@ def linear_cohort_regression(
     squared_error: the others compare distributions.
     """
     row_weight = torch.ones_like(labels) if row_weight is None else row_weight
-    scale_N = row_weight / (row_weight.sum() if denominator is None else denominator)
+    denominator = row_weight.sum() if denominator is None else denominator
+    scale_N = row_weight / denominator.clamp_min(torch.finfo(row_weight.dtype).tiny)
     with torch.autocast(labels.device.type, enabled=False):
-        found = {m: functional.linear(hidden[m].float(), weight[m], bias[m]) for m in hidden}
+        found = {m: functional.linear(hidden[m].float(), weight[m].float(), _float(bias[m])) for m in hidden}
         hard = {m: (squared_error(found[m], labels[:, None]) * scale_N).sum() for m in hidden}
         soft = [(_along(edge, found) * scale_N).sum() for edge in edges]
         total = sum(
@@ -46,6 +47,10 @@ def linear_cohort_regression(
             torch.zeros((), device=labels.device),
         )
     return CohortLoss(total, {m: loss.detach() for m, loss in hard.items()}, tuple(loss.detach() for loss in soft))
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.float()
 
 
 def _along(edge: Edge, found: Mapping[str, Tensor]) -> Tensor:

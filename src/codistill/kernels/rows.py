@@ -2,7 +2,7 @@
 
 A block bounds what is held beside the logits, and stays near the cache between one operation and the next. With p the
 student's and t the teacher's softmax at temperature τ, ℓ their logarithms, and c the row's weight ÷ the denominator ×
-the edge's weight, the gradient at the student's logits is (DESIGN.md §5)
+the edge's weight, the gradient at the student's logits is (docs/loss.md)
 
     cross-entropy   c (p − y)                    forward KL       c τ (p − t)
     reverse KL      c τ p (ℓp − ℓt − KL(p ‖ t))  Jensen–Shannon   c τ/2 p (ℓp − ℓm − KL(p ‖ m)),  m = (p + t) / 2

@@ -9,7 +9,7 @@ Two things differ from the paper's description, so that training starts at a mod
 of `replicate` and w as a depth way, and what reads a space divides by the number of copies `replicate` starts with.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ def learn_growth(
     target: Any,
     loss_of: Callable[[dict[str, Tensor]], Tensor],
     *,
-    depth: str = "stack",
+    depth: str | Sequence[int] = "stack",
     steps: int = 100,
     lr: float = 0.003,
     seed: int = 0,
@@ -82,7 +82,7 @@ class Growth:
         fetch = fetcher({name: t.detach() for name, t in state.items()}.__getitem__, state.keys(), source)
         return cls(architecture, source, target, maps, fetch)
 
-    def start(self, depth: str) -> dict[str, Tensor]:
+    def start(self, depth: str | Sequence[int]) -> dict[str, Tensor]:
         """The parameters to learn: maps `width.SPACE` or `width.LAYER.SPACE` (wide, narrow), `depth.TENSOR` (L₂, L₁).
 
         Where the sizes agree there is nothing to learn, and no parameter.

@@ -49,7 +49,8 @@ def _check_way(way: str | None, before: Shape, after: Shape) -> None:
     changed = [(name, a, b) for name, a, b in sizes if a != b]
     if way is None and changed:
         raise UserError(
-            f"width: the shapes differ, so choose a way to widen ({', '.join(WIDEN)}) or {SHRINK}: {shapes}"
+            f"width: the shapes differ, so choose a method that widens ({', '.join(WIDEN)}) or shrinks "
+            f"({', '.join(SHRINK)}): {shapes}"
         )
     if way not in (None, *WIDEN, *SHRINK):
         raise UserError(f"width: {way!r} is not a way; choose {', '.join(dict.fromkeys((*WIDEN, *SHRINK)))}")

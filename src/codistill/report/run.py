@@ -9,6 +9,7 @@ from rich.table import Table
 
 from codistill.blocks import COLOURS
 from codistill.files import machine_error
+from codistill.metrics import read_metrics
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def draw_curves(folder: Path) -> Path | None:
     try:
         figure = curves_figure(folder)
     except ImportError:
-        print("no learning curves: pip install 'codistill[report]' brings matplotlib")
+        print("no learning curves: codistill's extra `report` brings matplotlib (docs/install.md)")
         return None
     place = folder / "curves.png"
     try:
@@ -94,7 +95,7 @@ def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[st
         "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody",
         f"{member['parameters'] / 1e6:.2f} M",
         f"{member['loss']:.3f}",
-        f"{member['perplexity']:.1f}",
+        "too large" if member["perplexity"] is None else f"{member['perplexity']:.1f}",
         f"{member['accuracy']:.1%}",
     ]
     difference = f"{member['loss'] - twin['loss']:+.3f}" if twin else ""
@@ -106,8 +107,7 @@ def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     results = read_results(folder)
     tokens_per_step = results["tokens"] / results["steps"] / 1e6
     curves: dict[str, list[tuple[float, float]]] = {}
-    for text in (folder / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
+    for line in read_metrics(folder / "metrics.jsonl"):
         for name, score in line.get("held_out", {}).items():
             if not results["members"][name]["frozen"]:
                 curves.setdefault(name, []).append((line["step"] * tokens_per_step, score["loss"]))

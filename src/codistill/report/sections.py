@@ -60,7 +60,8 @@ def _member(name: str, member: Mapping[str, Any]) -> list[str]:
     cost = "not counted" if flops["own"] is None else f"{sum(flops.values()):.3g}"
     teachers = f" ({flops['teachers']:.2g})" if flops["teachers"] else ""
     taught = "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody"
-    scores = [f"{member['loss']:.3f}", f"{member['perplexity']:.1f}", f"{member['accuracy']:.1%}"]
+    perplexity = "too large" if member["perplexity"] is None else f"{member['perplexity']:.1f}"
+    scores = [f"{member['loss']:.3f}", perplexity, f"{member['accuracy']:.1%}"]
     return [name, taught, f"{member['parameters'] / 1e6:.2f} M", cost + teachers, *scores]
 
 
@@ -160,4 +161,4 @@ def _picture(name: str, figure_of: Any, caption: str) -> list[Block]:
             figure_of().savefig(file, format="svg", metadata={"Date": None})
             return [Picture(name, file.getvalue(), caption)]
     except ImportError:
-        return [Text("No figure: pip install 'codistill[report]' brings matplotlib.", important=True)]
+        return [Text("No figure: codistill's extra `report` brings matplotlib.", important=True)]

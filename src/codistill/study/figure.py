@@ -16,7 +16,7 @@ def draw(study: Study, found: Mapping[str, Any], cells: Sequence[Cell], place: P
     try:
         figure = figure_of(study, found, cells)
     except ImportError:
-        print("no figure: pip install 'codistill[report]' brings matplotlib")
+        print("no figure: codistill's extra `report` brings matplotlib (docs/install.md)")
         return
     figure.savefig(place, dpi=120, metadata={"Software": None})
 

@@ -60,7 +60,7 @@ def run_study(
     if too_large:
         more = f" (and {len(too_large) - 1} more)" if len(too_large) > 1 else ""
         raise MachineError(
-            f"there was no memory for {too_large[0]}{more}; the rest is done and in the table; give fewer --jobs, a "
+            f"out of memory for {too_large[0]}{more}; the rest is done and in the table; give fewer --jobs, a "
             "device with more memory, or another --scale"
         )
     return found

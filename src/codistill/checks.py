@@ -1,0 +1,95 @@
+"""What of a run's settings does not go together, though each by itself is right."""
+
+import re
+from typing import Any
+
+from codistill.config import ModelConfig, Run, edge_problem
+from codistill.errors import UserError, did_you_mean
+
+
+def check_whole(run: Run) -> None:
+    """UserError naming the first setting of `run` that does not go with the others."""
+    for name, member in run.members.items():
+        _check_member(name, member)
+    if not run.trained:
+        raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
+    for index, edge in enumerate(run.distillation):
+        _check_edge(run, edge, f"distillation.{index}")
+    below = next((edge.kind for edge in run.distillation if edge.kind != "logits"), None)
+    if run.compile and below:
+        raise UserError(
+            f"compile: edges of kind {below} look into layers as they run, which compiled ones do not allow"
+        )
+    pairs = [(edge.teacher, edge.student, edge.kind) for edge in run.distillation]
+    for index, pair in enumerate(pairs):
+        if pair in pairs[:index]:
+            raise UserError(
+                f"distillation.{index}: {pair[0]!r} teaches {pair[1]!r} already; keep one edge of a pair and kind"
+            )
+    if run.batch.sequences % run.batch.accumulate:
+        raise UserError(
+            f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
+        )
+    if run.objective.name == "mlm" and round(run.objective.mask_rate * run.data.length) < 1:
+        raise UserError(
+            f"objective.mask_rate: {run.objective.mask_rate} of {run.data.length} tokens rounds to no predicted row; "
+            "raise it, or data.length"
+        )
+
+
+def _check_member(name: str, member: Any) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        raise UserError(f"members: {name!r} cannot name a member; use letters, digits, - and _ (it becomes a folder)")
+    if (member.model is None) == (member.path is None):
+        raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")
+    if member.init is not None and member.path is not None:
+        raise UserError(f"members.{name}.init: a member with a `path` has its parameters already; give `model` instead")
+    if member.init is not None and member.init.learned and (member.init.width or member.init.noise):
+        raise UserError(f"members.{name}.init: `learned` finds the widths itself; leave width and noise out")
+    if member.cached is not None and not member.frozen:
+        raise UserError(
+            f"members.{name}.cached: {name} is trained, and only a frozen member's outputs stay as they are"
+        )
+    if member.gradient_checkpointing and member.frozen:
+        raise UserError(f"members.{name}.gradient_checkpointing: a frozen member keeps no activations; leave it out")
+    if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
+        raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
+    if member.model is not None:
+        _check_heads(member.model, f"members.{name}.model")
+
+
+_WITH_KEY_VALUE_HEADS = ("llama", "qwen2", "qwen3", "gemma3_text")
+
+
+def _check_heads(model: ModelConfig, field: str) -> None:
+    heads = model.heads or max(model.width // 64, 1)
+    if model.width % heads:
+        raise UserError(f"{field}.heads: a width of {model.width} does not divide into {heads} heads")
+    shared = model.key_value_heads
+    if shared is not None and (heads % shared or model.family not in _WITH_KEY_VALUE_HEADS):
+        raise UserError(
+            f"{field}.key_value_heads: {shared} came in; {model.family} with {heads} heads takes "
+            + ("a number that divides them" if heads % shared else "none: each head has its own")
+        )
+
+
+def _check_edge(run: Run, edge: Any, field: str) -> None:
+    for role in ("teacher", "student"):
+        name = getattr(edge, role)
+        if name not in run.members:
+            raise UserError(
+                f"{field}.{role}: there is no member {name!r}{did_you_mean(name, run.members)}; "
+                f"there are {', '.join(run.members)}"
+            )
+    if edge.teacher == edge.student:
+        raise UserError(f"{field}: {edge.teacher!r} cannot teach itself; name another teacher or student")
+    if run.members[edge.student].frozen:
+        raise UserError(f"{field}.student: {edge.student!r} is frozen and cannot learn; unfreeze it or drop the edge")
+    problem = edge_problem(edge)
+    if problem is not None:
+        raise UserError(f"{field}: {problem}")
+    if edge.kind != "logits" and run.members[edge.teacher].cached is not None:
+        raise UserError(
+            f"{field}.kind: {edge.kind} looks into the layers of {edge.teacher!r}, which is cached and does not run; "
+            f"remove members.{edge.teacher}.cached, or use the kind logits"
+        )

@@ -1,0 +1,19 @@
+"""What of a run's folder others ask for: whether it is one, and the models in it."""
+
+from pathlib import Path
+
+from codistill.errors import UserError
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Whether a run was begun in `folder`; a configuration alone, or beside other files, is somebody's own."""
+    return (folder / "run.yaml").is_file() and (folder / "checkpoints").is_dir()
+
+
+def members_of(folder: Path) -> dict[str, Path]:
+    """The models of the finished run in `folder`, by name; UserError where there is none."""
+    places = sorted(place for place in (folder / "members").glob("*") if (place / "config.json").is_file())
+    if not places:
+        state = "is not finished; codistill train --resume goes on with it" if is_run_folder(folder) else "holds no run"
+        raise UserError(f"{folder} {state}; give the folder of a finished run")
+    return {place.name: place for place in places}
