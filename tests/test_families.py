@@ -1,6 +1,7 @@
 """Families of models: cut before the output embedding, saved and loaded, trained together, or refused by name."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from torch.nn import functional
 from torch.optim import SGD
 
 from codistill.cohort import Cohort, Distillation, Member
+from codistill.config import ModelConfig
 from codistill.errors import UserError
 from codistill.families import FAMILIES, family_of, longest, split
 from codistill.families.family import Chain
 from codistill.families.found import Bypass
 from codistill.loading import load, to_dict
-from codistill.members import Predictor, load_model
+from codistill.members import Predictor, load_model, new_model
 from codistill.schedules import constant
 from codistill.train import train
 from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
@@ -139,6 +141,64 @@ def test_positions_that_are_given_count_from_0_in_every_family(name):
     ids_BT = given.inputs["input_ids"].clamp_min(1)  # without padding
     numbered = {"input_ids": ids_BT, "position_ids": torch.arange(LENGTH).expand(ids_BT.shape)}
     assert_same_bits([built({"input_ids": ids_BT}, given.rows_N)], [built(numbered, given.rows_N)])
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "roberta", "distilbert", "electra"])
+@torch.no_grad()
+def test_documents_apart_are_documents_alone_in_every_family(name):
+    """Also where the second is longer than a local layer's window, and the row than both."""
+    model = new_model(
+        ModelConfig(family=name, layers=4, width=32, heads=2),
+        vocabulary=50,
+        length=99,
+        tokenizer=None,
+        seed=0,
+        name="a",
+    )
+    built = shaken(Predictor(model.eval(), 50))
+    ids_BT = torch.randint(5, 50, (1, 99))
+    ids_BT[0, 9] = 3
+    position_BT = torch.cat([torch.arange(10), torch.arange(89)])[None]
+    number_BT = (position_BT == 0).cumsum(1)
+    inputs = {"input_ids": ids_BT, "position_ids": position_BT}
+    inputs["attention_mask"] = number_BT[:, None, :, None] == number_BT[:, None, None, :]
+    alone = [built({"input_ids": part}, torch.arange(part.numel())) for part in (ids_BT[:, :10], ids_BT[:, 10:])]
+    torch.testing.assert_close(built(inputs, torch.arange(99)), torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_a_family_that_cannot_keep_documents_apart_is_refused(text, tmp_path):
+    run = small_run("standalone", text, "data.within_documents=true", "members.large.model.family=deberta-v2")
+    refused("members.large is a deberta-v2, which cannot keep documents apart", run, tmp_path / "run")
+
+
+def test_a_family_that_counts_from_padding_needs_a_padding_token():
+    config, tokenizer = ModelConfig(family="roberta", layers=1, width=32, heads=2), tokenizer_without_padding()
+    with pytest.raises(UserError, match="roberta counts positions from its padding token, and the tokenizer has none"):
+        new_model(config, vocabulary=50, length=16, tokenizer=tokenizer, seed=0, name="a")
+
+
+def tokenizer_without_padding():
+    from tokenizers import Tokenizer, models
+
+    plain = Tokenizer(models.WordLevel({"a": 0, "<s>": 1, "</s>": 2, "<mask>": 3}, unk_token="a"))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=plain, cls_token="<s>", sep_token="</s>", mask_token="<mask>"
+    )
+
+
+def test_a_model_of_no_known_family_answers_several_threads():
+    """Each bypasses the output embedding of the one model; whoever comes between must not see it bypassed."""
+    built, given = new("albert").eval(), batch(3)
+    with torch.no_grad():
+        expected = built(given.inputs, given.rows_N)
+
+    def answer(_):
+        with torch.no_grad():
+            return built(given.inputs, given.rows_N)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert_same_bits(list(pool.map(answer, range(40))), [expected] * 40)
+    assert "forward" not in vars(built._parts.output)
 
 
 @torch.no_grad()

@@ -79,6 +79,14 @@ def test_bad_sparse_logits_are_refused(change, message):
         linear_cohort_loss(features, {"student": weight}, {}, labels, hard_weight={"student": 1.0})
 
 
+def test_sparse_logits_have_no_squared_error():
+    student, weight, labels, given = problem()
+    edges = [Edge("teacher", "student", divergence="squared_error")]
+    features, hard = {"teacher": given, "student": student}, {"student": 1.0}
+    with pytest.raises(UserError, match="squared_error compares logits, and sparse ones are log-probabilities"):
+        linear_cohort_loss(features, {"student": weight}, {}, labels, hard_weight=hard, edges=edges)
+
+
 def test_sparse_logits_cannot_learn():
     student, weight, labels, given = problem()
     with pytest.raises(UserError, match="a student needs features, not sparse logits"):

@@ -66,6 +66,17 @@ def test_the_count_of_skipped_steps_goes_on(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped"] == 4
 
 
+def test_steps_that_were_skipped_since_the_last_line_are_not_forgotten(tmp_path):
+    """A checkpoint at step 7 knows of a step skipped at 6, though the next line is due at 10."""
+    log = filled(tmp_path / "metrics.jsonl", [1.0])
+    log.write_skipped(7, 1)
+    log.write_skipped(7, 1)
+    assert [line["skipped"] for line in read_metrics(log.file) if "skipped" in line] == [1]
+    resumed = MetricsLog(log.file, 7, tokens_per_step=8)
+    resumed.write(10, hard(1.0), skipped=0)
+    assert read_metrics(log.file)[-1]["skipped"] == 1
+
+
 def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps({"step": 1, "large/hard": 1.0}) + "\n" + '{"step": 2, "lar')

@@ -187,6 +187,13 @@ def test_edges_that_lead_nowhere_are_refused(edges, message):
         Cohort([member("large"), member("small"), member("old", trained=False)], edges)
 
 
+def test_members_of_different_vocabularies_are_refused():
+    one, other = member("a"), member("b")
+    other.predictor.vocabulary = 40
+    with pytest.raises(UserError, match=r"different vocabularies \(a 50, b 40\)"):
+        Cohort([one, other])
+
+
 def test_two_members_of_one_name_are_refused():
     with pytest.raises(UserError, match="members: a, a; give each a name of its own"):
         Cohort([member("a"), member("a")])

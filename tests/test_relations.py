@@ -234,6 +234,71 @@ def test_the_student_comes_closer_in_states_and_relations():
         assert last[key] < 0.5 * first[key]
 
 
+def llamas_vectors(model, inputs):
+    """Queries, keys and values of a Llama's last layer (B, T, D)."""
+    layer = model.model.layers[-1]
+    state = layer.input_layernorm(model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-2])
+    return [part(state) for part in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)]
+
+
+@pytest.mark.parametrize("begins", [[0], [0, 5, 6]])
+@torch.no_grad()
+def test_relations_of_causal_models_see_nothing_later_and_no_other_document(begins):
+    """Position by position, over the positions from its document's beginning up to itself."""
+    cohort = pair([RELATION], "llama")
+    models = [cohort.members[name].predictor.model for name in ("small", "large")]
+    given = batch(1, sequences=2, rows=9)
+    first = [max(begin for begin in begins if begin <= i) for i in range(LENGTH)]
+    if len(begins) > 1:
+        given.inputs["position_ids"] = torch.tensor([i - b for i, b in enumerate(first)]).expand(2, -1).contiguous()
+    expected = 0.0
+    for student, teacher in zip(*(llamas_vectors(model, given.inputs) for model in models), strict=True):
+        for sequence, i, head in np.ndindex(2, LENGTH, 4):
+            logs = []
+            for vectors_BTD in (student, teacher):
+                a = vectors_BTD[sequence, first[i] : i + 1].unflatten(-1, (4, -1))[:, head]
+                logs.append((a @ a[-1] / math.sqrt(a.shape[-1])).log_softmax(-1))
+            expected += torch.nn.functional.kl_div(*logs, reduction="sum", log_target=True).item() / 4
+    with torch.enable_grad():
+        metrics = cohort.gradients(0, given)
+    assert metrics["small/relation_from_large"].item() == pytest.approx(expected / (2 * LENGTH), rel=1e-3)
+
+
+def test_a_mask_that_is_added_says_the_same_as_one_of_booleans():
+    given = batch(1, sequences=2, rows=9)
+    mask = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)
+    mask[..., 9:] = False
+    added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    found = []
+    for one in (mask, added):
+        inputs = {**given.inputs, "attention_mask": one}
+        found.append(pair([RELATION]).step(0, Batch(inputs, given.rows_N, given.labels_N)))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_projection_decays_as_its_students_matrices_do(decay):
+    """Without a gradient AdamW leaves of a matrix 1 − lr · decay."""
+    cohort = pair([HIDDEN], optimizer=lambda parameters, lr: adamw_of(parameters, lr, decay))
+    (projection, *_) = cohort.members["small"].projections.values()
+    before = projection.weight.detach().clone()
+    for optimizer in cohort.members["small"].optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    torch.testing.assert_close(projection.weight.detach(), before * (1 - 0.1 * decay))
+
+
+def adamw_of(parameters, lr: float, decay: float):
+    """As `codistill.build.adamw` has it: decay is a group's, and the optimizer's default another."""
+    parameters = list(parameters)
+    groups = [([p for p in parameters if p.ndim > 1], decay), ([p for p in parameters if p.ndim <= 1], 0.0)]
+    return AdamW([{"params": ps, "weight_decay": d} for ps, d in groups], lr=lr, fused=True)
+
+
 @pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "deberta-v2", "gpt2", "llama", "gemma3_text"])
 def test_every_family_gives_its_states_and_relations(family):
     cohort = pair([HIDDEN, RELATION], family)

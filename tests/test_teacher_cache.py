@@ -163,6 +163,12 @@ def test_sampled_tokens_teach_by_forward_kl_at_temperature_one_only(setting, tex
     refused("sampled logits are unbiased for forward_kl at temperature 1 only", changed, tmp_path / "run")
 
 
+def test_probabilities_do_not_teach_by_the_squared_error_of_logits(text, teachers, tmp_path):
+    _, reading = cached(run_of("dwt", text, teachers), tmp_path / "cache", kind="top_k", few=5)
+    changed = load(override(to_dict(reading), ["distillation.0.divergence=squared_error"]))
+    refused("squared_error, which compares logits, and top_k keeps probabilities", changed, tmp_path / "run")
+
+
 def test_rounded_features_report_their_error(text, teachers, tmp_path):
     run = run_of("dwt", text, teachers)
     manifest, reading = cached(run, tmp_path / "cache", dtype="bfloat16")

@@ -21,7 +21,7 @@ from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.errors import UserError
 from codistill.families import longest
-from codistill.families.supported import check_objective
+from codistill.families.supported import check_documents, check_objective
 from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
@@ -181,6 +181,8 @@ def _model(
             name=run.seed_name(name),
         )
         initialise(model, run, name, batches)
+    if run.data.within_documents:
+        check_documents(model.config.model_type, f"members.{name}")
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
 
 

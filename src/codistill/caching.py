@@ -112,6 +112,7 @@ def write(plan: Plan, out: Path, advance: Advance = silent) -> dict[str, Any]:
     free = shutil.disk_usage(out.parent).free
     if free < plan.total_bytes:
         raise MachineError(f"{out}: the cache takes {plan.total_bytes:,} bytes and {free:,} are free; free some space")
+    plan._divergences.clear()
     with atomic_folder(out) as fresh:
         names = [*plan.layout.fields, "fingerprints"]
         files = {name: (fresh / f"{name}.bin").open("wb") for name in names}

@@ -81,11 +81,13 @@ class Member:
         return [self.predictor, *self.projections.values()]
 
     def train_too(self, projections: nn.ModuleDict) -> None:
-        """Trains `projections` with the member, by its last optimizer."""
+        """Trains `projections` with the member: by its last optimizer, with the settings of its first group."""
         self.projections, parameters = projections, list(projections.parameters())
         if parameters:
             self.parameters += parameters
-            self.optimizers[-1].add_param_group({"params": parameters})
+            first = self.optimizers[-1].param_groups[0]
+            settings = {name: value for name, value in first.items() if name not in ("params", "param_names")}
+            self.optimizers[-1].add_param_group({**settings, "params": parameters})
 
     def _learns(self) -> bool:
         mine = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
@@ -290,6 +292,10 @@ def _check(members: Sequence[Member], edges: Sequence[Distillation], ranks: Rank
         raise UserError("members: none is trained, so nothing would learn; give at least one an optimizer")
     if len(set(names)) < len(names):
         raise UserError(f"members: {', '.join(names)}; give each a name of its own")
+    sizes = {member.name: member.predictor.vocabulary for member in members}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(f"members: their predictors have different vocabularies ({said}); give all the same")
     for edge in edges:
         for name in (edge.teacher, edge.student):
             if name not in names:

@@ -137,8 +137,9 @@ class Predictor(nn.Module):
 def _for_each_kind_of_layer(mask_B1TT: Tensor, window: int) -> dict[str, Tensor]:
     """transformers gives a whole mask to every layer as it is; a local layer needs it cut to its window."""
     position_T = torch.arange(mask_B1TT.shape[-1], device=mask_B1TT.device)
-    is_near_TT = (position_T[:, None] - position_T).abs() <= window
-    return {"full_attention": mask_B1TT, "sliding_attention": mask_B1TT & is_near_TT}
+    is_far_TT = (position_T[:, None] - position_T).abs() > window
+    nothing = False if mask_B1TT.dtype == torch.bool else torch.finfo(mask_B1TT.dtype).min
+    return {"full_attention": mask_B1TT, "sliding_attention": mask_B1TT.masked_fill(is_far_TT, nothing)}
 
 
 def call_options(model: PreTrainedModel) -> dict[str, bool]:
@@ -165,7 +166,11 @@ def new_model(
     for token, number in _special_tokens(tokenizer, family).items():
         setattr(hugging_face_config, f"{token}_token_id", number)
     if family.counts_from_padding:
-        # Without a padding token nothing is padded: any number will do, and 0 wastes the fewest positions.
+        if hugging_face_config.pad_token_id is None and tokenizer is not None:
+            raise UserError(
+                f"members.{name}.model.family: {config.family} counts positions from its padding token, and the "
+                "tokenizer has none; take a tokenizer with one, or another family"
+            )
         hugging_face_config.pad_token_id = hugging_face_config.pad_token_id or 0
         hugging_face_config.max_position_embeddings += hugging_face_config.pad_token_id + 1
     torch.manual_seed(seed_of(seed, "initialisation", name))

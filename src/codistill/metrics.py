@@ -38,7 +38,7 @@ class MetricsLog:
         self.file, self.first, self.tokens_per_step, self.also = file, first, tokens_per_step, also
         kept = [line for line in read_metrics(file) if line["step"] <= first]
         self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
-        self.skipped_before = max((line.get("skipped", 0) for line in kept), default=0)
+        self.skipped_before = self.skipped_written = max((line.get("skipped", 0) for line in kept), default=0)
         if not file.exists() or file.is_file():  # and not the null device of a rank that writes nothing
             write_file(file, "".join(json.dumps(line) + "\n" for line in kept))
         self.held_out = [(line["step"], _losses(line["held_out"])) for line in kept if "held_out" in line]
@@ -61,10 +61,17 @@ class MetricsLog:
         self._remember(named)
         line = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)} | named
         self._append(line | ({"spikes": spikes} if spikes else {}) | ({"skipped": skipped} if skipped else {}))
+        self.skipped_written = skipped
         rate = (step - self.first) * self.tokens_per_step / (time.monotonic() - self.started)
         losses = " ".join(f"{key.removesuffix('/hard')} {value:.3f}" for key, value in _hard(named).items())
         note = f"{losses} | {rate:,.0f} tokens/s" + (f" | spike: {', '.join(spikes)}" if spikes else "")
         return Logged(note, named)
+
+    def write_skipped(self, step: int, skipped: int) -> None:
+        """Logs how many steps were skipped, if that is not in the file: a run that goes on from here would not know."""
+        if (total := skipped + self.skipped_before) > self.skipped_written:
+            self._append({"step": step, "seconds": round(self.seconds, 3), "skipped": total})
+            self.skipped_written = total
 
     def write_held_out(self, step: int, scores: Mapping[str, Score]) -> None:
         """Logs the held-out scores after `step` steps."""

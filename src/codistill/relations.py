@@ -4,7 +4,9 @@
     relation   Σ over pairs of layers, over queries, keys and values A   mean over positions and heads of
                KL(softmax(A Aᵀ / √d)_teacher ‖ softmax(A Aᵀ / √d)_student)
 
-Positions are those that are not padding, of all micro-batches and ranks. Teachers are detached. Shape suffixes:
+Positions are those that are not padding, of all micro-batches and ranks. A softmax goes over the positions that one may
+see: not padding, not of another document, and between causal models none that is later; what local layers do not see
+counts all the same. Teachers are detached. Shape suffixes:
 B sequences, T position, D width, H relation heads, E width of a relation head.
 """
 
@@ -15,11 +17,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from codistill.config import Layers
 from codistill.divergences import forward_kl
 from codistill.edges import Distillation
 from codistill.errors import UserError
+from codistill.families import is_causal
 from codistill.objectives import Batch
 from codistill.seeds import seed_of
 from codistill.taps import Kept, Tap, Taps
@@ -69,6 +73,7 @@ class Relations:
         inner = [edge for edge in edges if edge.kind != "logits"]
         names = dict.fromkeys(name for edge in inner for name in (edge.teacher, edge.student))
         self._taps = {name: Taps(models[name], name) for name in names}
+        self._is_causal = {name: _is_causal(models[name]) for name in names}
         self.edges = [self._with_layers(edge) for edge in edges]
         self.projections: dict[str, nn.ModuleDict] = {edge.student: nn.ModuleDict() for edge in inner}
         for edge in self.edges:
@@ -92,7 +97,10 @@ class Relations:
             return []
         seen, valid_BT = _seen(batch)
         with torch.autocast(valid_BT.device.type, enabled=False):
-            rows = [self._rows(edge, kept, seen) for edge, _ in active]
+            rows = [
+                self._rows(edge, kept, _before(batch, seen) if self._is_causal[edge.student] else seen)
+                for edge, _ in active
+            ]
             return [(rows_BT * valid_BT).sum() / positions.clamp_min(1) for rows_BT in rows]
 
     def count(self, micro_batches: Iterable[Batch]) -> list[Tensor]:
@@ -161,7 +169,21 @@ def _seen(batch: Batch) -> tuple[Tensor, Tensor]:
         return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids_BT.device), valid_BT
     if mask.dim() == 2:
         return mask[:, None, None, :].bool(), valid_BT * mask
-    return mask.bool(), valid_BT
+    return mask >= 0 if mask.is_floating_point() else mask.bool(), valid_BT
+
+
+def _before(batch: Batch, seen: Tensor) -> Tensor:
+    """What of `seen` is not later, and of the same document where positions begin anew with each."""
+    length = batch.inputs["input_ids"].shape[1]
+    seen = seen & torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    if "position_ids" not in batch.inputs:
+        return seen
+    number_BT = (batch.inputs["position_ids"] == 0).cumsum(1)
+    return seen & (number_BT[:, None, :, None] == number_BT[:, None, None, :])
+
+
+def _is_causal(model: nn.Module) -> bool:
+    return isinstance(model, PreTrainedModel) and is_causal(model)
 
 
 def _check_heads(edge: Distillation, heads: int, vectors: Sequence[Tensor]) -> None:

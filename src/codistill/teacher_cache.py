@@ -26,7 +26,7 @@ from codistill.errors import UserError
 from codistill.kernels import SparseLogits
 from codistill.objectives import Batch
 
-FORMAT = "codistill-teacher-cache-2"
+FORMAT = "codistill-teacher-cache-3"
 Kind = Literal["features", "top_k", "sampled"]
 # The log-probability of a token that was never drawn: next to nothing in sum, and yet no denormal number, whose
 # exponential takes a CPU seventeen times as long (measured).
@@ -170,6 +170,11 @@ def open_for(run: Run, text: str, tokenizer: str, models: Mapping[str, nn.Module
 
 def _check_edges(run: Run, name: str, cache: TeacherCache, field: str) -> None:
     for edge in run.distillation:
+        if edge.teacher == name and cache.layout.kind != "features" and edge.divergence == "squared_error":
+            raise UserError(
+                f"{field}: the edge to {edge.student} has squared_error, which compares logits, and "
+                f"{cache.layout.kind} keeps probabilities; cache features"
+            )
         plain = edge.divergence == "forward_kl" and edge.temperature == 1
         if edge.teacher == name and cache.layout.kind == "sampled" and not plain:
             raise UserError(

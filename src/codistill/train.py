@@ -130,18 +130,16 @@ def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks)
 def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
     ranks, trained = built.cohort.ranks, _trained(built)
     file = out / "metrics.jsonl" if ranks.is_main else Path(os.devnull)
-    tracker = Tracker(run if ranks.is_main else replace(run, track=[]), out, first)
-    log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length, tracker.log))
     keep = run.checkpoint
-    saver = Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)
-    try:
+    with (
+        closing(Tracker(run if ranks.is_main else replace(run, track=[]), out, first)) as tracker,
+        closing(Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)) as saver,
+    ):
+        log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length, tracker.log))
         save = partial(saver.save, members=trained)
         with closing(prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world)) as batches:
             ending = _loop(run, built, first, batches, log, advance, asked_to_stop, save)
         saver.finish()
-    finally:
-        saver.close()
-        tracker.close()
     if ending is None:
         raise Stopped(out)
     finish(run, built, out, ending, log.seconds)
@@ -177,6 +175,7 @@ def _loop(
         stops = not ends and asked_to_stop(done)
         if ends or stops or done % run.checkpoint.every == 0:
             ranks.together(partial(check_finite, built))
+            ranks.together(partial(log.write_skipped, done, built.cohort.num_skipped()))
             save(done, scores=losses)
         if stops:
             return None

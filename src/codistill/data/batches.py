@@ -75,11 +75,6 @@ class Batches:
         # What is put on each micro-batch, given the running number of its first sequence.
         self.beside: Callable[[int, Batch], Batch] = lambda first, batch: batch
 
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows of one pass over the text (of all corpora of a mixture together)."""
-        return self.num_rows
-
     def epoch_of(self, step: int) -> float:
         """Passes over the text before `step`."""
         return step * self.sequences / self.num_rows

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,7 @@ from codistill.families.family import Parts
 
 CAUSAL_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _TOLERANCE = 1e-5  # of the largest logit
+_ONE_AT_A_TIME = Lock()  # scores are computed by several threads
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ def _difference(original: nn.Module) -> str | None:
 
 @contextmanager
 def _passing_through(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` gives back what it is given; afterwards it has the `forward` that it had, of its own or not."""
-    before = module.__dict__.get("forward")
-    module.forward = lambda features: features  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before  # type: ignore[method-assign]
+    """Inside, `module` gives back what it is given, and no other thread is inside; afterwards it has the `forward` that
+    it had, of its own or not."""
+    with _ONE_AT_A_TIME:
+        before = module.__dict__.get("forward")
+        module.forward = lambda features: features  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del module.forward
+            if before is not None:
+                module.forward = before  # type: ignore[method-assign]

@@ -38,6 +38,15 @@ def check_objective(family: str, wanted: str, field: str) -> None:
         )
 
 
+def check_documents(family: str, field: str) -> None:
+    """UserError for a family whose attention takes no mask of which position sees which."""
+    if family in ("deberta", "deberta-v2"):
+        raise UserError(
+            f"data.within_documents: {field} is a {family}, which cannot keep documents apart; give another family, "
+            "or leave it out"
+        )
+
+
 def check_model(model: nn.Module) -> None:
     """UserError for a live model with an adapter, or with weights in 8 or 4 bits."""
     name = type(model).__name__

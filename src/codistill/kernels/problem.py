@@ -98,6 +98,11 @@ def checked(
         _check_edge(edge, features)
         if edge.student in given:
             raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: a student needs features, not sparse logits")
+        if edge.teacher in given and edge.divergence == "squared_error":
+            raise UserError(
+                f"edge {edge.teacher!r} -> {edge.student!r}: squared_error compares logits, and sparse ones are "
+                "log-probabilities; give features, or another divergence"
+            )
     rows = _vocabulary(hidden, weight, vocabulary)
     check_labels(labels, rows)
     for member, logits in given.items():

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from codistill.errors import MachineError, UserError
+from codistill.errors import UserError
 from codistill.files import atomic_folder
 from codistill.remap.families import ARCHITECTURES, describe
 from codistill.remap.source import Fetch, fetcher
@@ -179,8 +179,5 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well. Raises `UserError` if there is one already."""
     if out.exists():
         raise UserError(f"{out} exists already: choose a new folder, nothing is overwritten")
-    try:
-        with atomic_folder(out) as folder:
-            yield folder
-    except SafetensorError as error:
-        raise MachineError(f"{out} could not be written: {error}") from error
+    with atomic_folder(out) as folder:
+        yield folder

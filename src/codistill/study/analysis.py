@@ -14,6 +14,7 @@ from codistill.study.design import Contrast, Study
 from codistill.study.scoring import BLIMP, GLUE, score_of
 
 BELOW_UNIGRAM = 1.5  # nats that a stand-alone model must be below the unigram loss: above, it has learned no language
+_SAME_TIME = 0.02  # of a run: looks at curves that are further apart are not compared
 METRICS = ("loss", "blimp", "glue")
 
 
@@ -135,7 +136,10 @@ def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> l
         pairs = [(treated[s]["curve"], control[s]["curve"]) for s in sorted(treated.keys() & control.keys())]
         points = []
         for at in range(min((len(curve) for pair in pairs for curve in pair), default=0)):
-            share = pairs[0][0][at][0] / pairs[0][0][-1][0]
+            shares = [curve[at][0] / curve[-1][0] for pair in pairs for curve in pair]
+            if max(shares) - min(shares) > _SAME_TIME:
+                break  # looks at other times cannot be compared
+            share = shares[0]
             points.append({"share": share, "loss": _difference([a[at][1] - b[at][1] for a, b in pairs])})
         # The last look before the end may be the end, but for a few steps.
         told = [point for point in points if point["share"] in (points[-1]["share"], min(point["share"], 0.99))]
