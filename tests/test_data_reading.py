@@ -213,6 +213,25 @@ def test_hub_data_sets_are_streamed(monkeypatch):
     refused("hub:owner/name", "it needs codistill's extra `data`")
 
 
+# What is named more than once
+
+
+def test_a_glob_of_all_folders_reads_every_file_once(tmp_path):
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    for place in (".", "deep", "deep/deeper"):
+        (tmp_path / place / "a.txt").write_text(place)
+    (tmp_path / "deep" / "picture.png").write_bytes(b"")
+    for pattern in ("**", "**/*.txt"):
+        found = [source.path.read_text() for source in find_sources([f"{tmp_path}/{pattern}"])]
+        assert sorted(found) == [".", "deep", "deep/deeper"]
+
+
+def test_a_file_that_is_named_twice_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("once")
+    with pytest.raises(UserError, match=r"a\.txt is named twice"):
+        find_sources([str(tmp_path), str(tmp_path / "a.txt")])
+
+
 # Built-in text
 
 

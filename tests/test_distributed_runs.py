@@ -88,7 +88,7 @@ def test_a_run_goes_on_with_other_engines_and_world_sizes(text, tmp_path, capfd)
     assert "as 2 x ddp, and is as 2 x fsdp2 from step 8 on" in both_ranks(run, out, "fsdp2", [12], resume=True)
     assert "as 2 x fsdp2, and is as 2 x ddp from step 12 on" in both_ranks(run, out, "ddp", [16], resume=True)
     train(run, out, resume=True, device="cpu")
-    assert "as 2 x ddp so far, as 1 x single from step 16 on" in capfd.readouterr().err
+    assert "as 2 x ddp, and is as 1 x single from step 16 on" in capfd.readouterr().err
     for line, expected in zip(losses(out), losses(straight), strict=True):
         assert line == pytest.approx(expected, rel=1e-5)
     distribution = load(read_run(out / "run.yaml")).provenance["distribution"]

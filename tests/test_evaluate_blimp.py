@@ -118,7 +118,7 @@ def test_bad_pairs_are_a_failed_cell(folder, tmp_path, columns, message):
 
 
 def test_no_pairs_at_all(tmp_path):
-    with pytest.raises(UserError, match=r"no blimp/\*\.parquet there"):
+    with pytest.raises(UserError, match=r"blimp: give --data DIR, a folder with blimp/\*\.parquet"):
         read_pairs(tmp_path)
 
 

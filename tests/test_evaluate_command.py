@@ -69,7 +69,7 @@ def test_a_failure_is_printed_and_is_the_exit_status(folder, data, tmp_path, cap
     assert status(*asked) == 2
     printed = capsys.readouterr().out
     assert "failed: blimp of one" in printed
-    assert "no blimp/*.parquet there" in printed
+    assert "it has no blimp/*.parquet" in printed
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_two_models_of_one_name(folder, tmp_path):
 
 def test_a_run_without_members(tmp_path):
     (tmp_path / "run.yaml").write_text("")
-    with pytest.raises(UserError, match="has no members yet"):
+    with pytest.raises(UserError, match="is not finished; codistill train --resume goes on with it"):
         find_models([str(tmp_path)])
 
 

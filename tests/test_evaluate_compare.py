@@ -29,6 +29,15 @@ def test_the_interval_over_seeds_is_scipys():
         assert t_interval(differences.tolist()) == pytest.approx((wanted.low, wanted.high), rel=1e-9)
 
 
+def test_losses_over_other_tokens_or_of_another_kind_are_not_compared():
+    way = {"tokens_a_row": 128, "objective": "mlm", "tokenizer": "a"}
+    one = [cell(task="mlm", seed=None, counted={"scored_as": way})]
+    for change in ({"tokens_a_row": 64}, {"objective": "clm"}, {"tokenizer": "b"}):
+        other = [cell("two", "mlm", None, 0.4, counted={"scored_as": way | change})]
+        assert paired(one, other)["mean"] is None
+    assert paired(one, [cell("two", "mlm", None, 0.4, counted={"scored_as": dict(way)})])["mean"] == pytest.approx(-0.1)
+
+
 def test_differences_are_of_the_same_seeds():
     one = [cell(seed=s, score=v) for s, v in enumerate([0.5, 0.6, 0.7])]
     two = [cell("two", seed=s, score=v) for s, v in [(2, 0.8), (0, 0.7), (5, 0.1)]]

@@ -208,11 +208,17 @@ def refused(message: str, folder: Path, member: str, **options) -> None:
 
 
 def test_what_cannot_be_exported_is_refused(finished, text, tmp_path, monkeypatch):
-    refused("holds no finished run", tmp_path, "large", format="hf", out=tmp_path / "out")
+    refused("holds no run; give the folder of a finished run", tmp_path, "large", format="hf", out=tmp_path / "out")
     with pytest.raises(Stopped):
         train(small_run("standalone", text, "steps=4"), tmp_path / "run", stop_at=2)
-    refused("holds no finished run", tmp_path / "run", "large", format="hf", out=tmp_path / "out")
-    refused("no member 'big' in .*; there are large, small", finished, "big", format="hf", out=tmp_path / "out")
+    refused("is not finished", tmp_path / "run", "large", format="hf", out=tmp_path / "out")
+    refused(
+        "--member big: .* has no such member; there are large, small",
+        finished,
+        "big",
+        format="hf",
+        out=tmp_path / "out",
+    )
     (tmp_path / "mine").mkdir()
     refused("--out: .*mine exists; give a folder that does not", finished, "large", format="hf", out=tmp_path / "mine")
     monkeypatch.setattr(export, "find_spec", lambda name: None)

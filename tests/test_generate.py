@@ -65,9 +65,9 @@ def test_padding_rows_of_a_model_are_never_written(folder, tmp_path):
 def test_what_cannot_go_on_is_refused(folder, teacher, tmp_path):
     with pytest.raises(UserError, match=r"--member small: .* has no such member; there are large, weak"):
         generate(folder, "small", "the")
-    with pytest.raises(UserError, match="holds no finished run"):
+    with pytest.raises(UserError, match="holds no run; give the folder of a finished run"):
         generate(tmp_path, "large", "the")
-    with pytest.raises(UserError, match="modernbert is no causal language model"):
+    with pytest.raises(UserError, match="modernbert is not a causal language model"):
         generate(teacher.parents[1], "large", "the")
     with pytest.raises(UserError, match="--tokens 600: with the prompt's 2 more than the 512 positions of large"):
         generate(folder, "large", "the", tokens=600)

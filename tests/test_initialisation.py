@@ -31,6 +31,25 @@ def test_a_member_grows_from_another_runs_member(text, teacher, tmp_path):
     assert "large" in load(read_run(out / "run.yaml")).provenance["members"]
 
 
+def test_a_model_without_a_tokenizer_takes_no_new_one(text, teacher, tmp_path, capsys):
+    """Its tokens have numbers that only its own tokenizer knows."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((teacher / name).read_bytes())
+    new = small_run("dwt", text, f"members.weak.path={bare}")
+    with pytest.raises(UserError, match=r"members\.weak: .*bare' has no tokenizer beside it, and a new one"):
+        build(new, CPU)
+    none = small_run("dwt", text, f"members.weak.path={bare}", "data.tokenizer=null")
+    with pytest.raises(UserError, match=r"tokenizer .*bare: it has no vocabulary"):
+        build(none, CPU)
+    build(small_run("dwt", text, f"members.weak.path={bare}", f"data.tokenizer={teacher}"), CPU)
+    assert "members.weak: " in (said := capsys.readouterr().err)
+    assert "the run's is taken on trust" in said
+    assert "data.validation: " in said  # the same file as data.train here
+    assert "held-out scores are of seen text" in said
+
+
 def test_a_member_grows_by_maps_learned_on_the_text(text, teacher):
     run = small_run("standalone", text, "data.tokenizer=null", "members.large.model.layers=3", "precision=float32")
     start, learned = (

@@ -187,6 +187,34 @@ def test_edges_that_lead_nowhere_are_refused(edges, message):
         Cohort([member("large"), member("small"), member("old", trained=False)], edges)
 
 
+def test_members_that_share_a_model_are_refused():
+    built = predictor("a")
+    members = [Member(name, built, SGD(built.parameters(), lr=0.1)) for name in ("a", "b")]
+    with pytest.raises(UserError, match="'a' and 'b' share parameters"):
+        Cohort(members)
+
+
+def test_an_optimizer_has_all_of_its_members_parameters_and_no_others():
+    built, other = predictor("a"), predictor("b")
+    with pytest.raises(UserError, match=r"'a': no optimizer has model\..* \(\d+ such\)"):
+        Member("a", built, SGD(list(built.parameters())[:2], lr=0.1))
+    with pytest.raises(UserError, match="'a': its optimizer has parameters that are not its own"):
+        Member("a", built, SGD([*built.parameters(), *other.parameters()], lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"student": "large"}, "'large' cannot teach itself"),
+        ({"divergence": "kl"}, "divergence 'kl'; wanted forward_kl"),
+        ({"weight": -1.0}, r"weight -1\.0; wanted at least 0"),
+    ],
+)
+def test_an_edge_that_cannot_be_is_refused_when_it_is_made(settings, message):
+    with pytest.raises(UserError, match=message):
+        Distillation(**{"teacher": "large", "student": "small", **settings})
+
+
 def test_members_of_different_vocabularies_are_refused():
     one, other = member("a"), member("b")
     other.predictor.vocabulary = 40

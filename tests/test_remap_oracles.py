@@ -240,7 +240,7 @@ def test_fewer_key_value_heads_are_their_groups_means():
 
 BERT = ("bert", 2, 8, 2, 12)
 BAD = [
-    (BERT, ("bert", 2, 16, 4, 12), {}, r"choose a way.*2 layers × 8.*2 layers × 16"),
+    (BERT, ("bert", 2, 16, 4, 12), {}, r"choose a method.*2 layers × 8.*2 layers × 16"),
     (BERT, ("bert", 3, 8, 2, 12), {}, r"2 layers and the target 3: choose repeat-last, stack"),
     (BERT, ("bert", 3, 8, 2, 12), {"depth": "first"}, r"'first' cannot take 2 layers to 3: choose repeat-last"),
     (BERT, ("bert", 1, 8, 2, 12), {"depth": "stack"}, r"'stack' cannot take 2 layers to 1: choose first"),

@@ -173,7 +173,7 @@ def test_a_sink_that_raises_costs_one_line_and_neither_the_run_nor_another_sink(
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == 1
     assert warnings[0].startswith("track: wandb failed a")
-    assert "(ConnectionError: the tracker is gone); going on without it" in warnings[0]
+    assert "(ConnectionError: the tracker is gone); continuing without it" in warnings[0]
     assert [what for what, *_ in asked] == {"init": [], 10: ["init", 5]}.get(fails_at, ["init", 5, 10, 10, 15, 20, 20])
     assert sent == [5, 10, 10, 15, 20, 20]
 

@@ -124,6 +124,53 @@ def test_final_members_load_with_transformers_and_give_the_same_logits(family, t
     torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_second_process_in_a_folder_is_refused(text, tmp_path):
+    """Whoever trains there holds a lock, which goes with its process."""
+    run, out = small_run("standalone", text, "steps=2"), tmp_path / "run"
+    train(run, out)
+    program = f"import fcntl, sys; held = open({str(out / '.lock')!r}, 'a'); fcntl.flock(held, fcntl.LOCK_EX)"
+    program += "; print(1, flush=True); sys.stdin.read()"
+    holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        for how in ("resume", "fresh"):
+            refused("another process trains there", run, out, **{how: True})
+    finally:
+        holder.communicate(b"")
+    train(run, out, fresh=True)
+
+
+def test_a_run_that_goes_on_is_not_finished(text, tmp_path):
+    """Its old results and models would pass for those of all its steps."""
+    run = small_run("standalone", text, "steps=4", "checkpoint.every=2")
+    out = train(run, tmp_path / "run")
+    longer = replace(run, steps=12)
+    with pytest.raises(Stopped):
+        train(longer, out, resume=True, accept_changes=True, stop_at=6)
+    assert not (out / "results.json").exists()
+    assert not (out / "members").exists()
+    train(longer, out, resume=True)
+    assert json.loads((out / "results.json").read_text())["steps"] == 12
+
+
+def test_what_a_resumption_changed_is_counted_and_told(text, tmp_path, capsys):
+    run = small_run("standalone", text, "steps=4", "checkpoint.every=4", "log.every=1")
+    out = train(run, tmp_path / "run")
+    other = load(override(to_dict(run), ["steps=6", "data.length=16"]))
+    train(other, out, resume=True, accept_changes=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    tokens = [line["tokens"] for line in lines if "tokens" in line]
+    assert tokens == [256, 512, 768, 1024, 1024 + 128, 1024 + 256]
+    assert json.loads((out / "results.json").read_text())["tokens"] == 1280
+    recorded = load(read_run(out / "run.yaml"))
+    assert recorded.provenance["changed"] == [{"from_step": 4, "was": {"data.length": 32, "steps": 4}}]
+    assert "before step 5: `data.length` (was 32), `steps` (was 4)" in (out / "members/large/README.md").read_text()
+    again = train(recorded, tmp_path / "again")
+    assert "changed on its way; this one has the last throughout" in capsys.readouterr().err
+    assert "changed" not in load(read_run(again / "run.yaml")).provenance
+
+
 def test_a_frozen_member_is_scored_once(text, teacher, tmp_path, monkeypatch):
     loop = sys.modules["codistill.train"]  # the package has a function of that name
     scored: list = []

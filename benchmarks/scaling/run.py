@@ -114,12 +114,13 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
     precision = getattr(torch, resolved_precision(run, device))
     models = {name: model_of(run, name, point.vocabulary) for name in run.members}
     batch = made_up_batch(run, point.vocabulary).to(device)
-    predicted = most_at_once(memory_of(run, models, point.vocabulary, precision, device.type))
+    memory = memory_of(run, models, point.vocabulary, precision, device.type)
+    predicted = most_at_once(memory)
     flops = step_flops(run, models, [batch])
     parameters = sum(Predictor(model, point.vocabulary).num_parameters for model in models.values())
     row = asdict(point) | {"rows": len(batch.labels_N), "parameters": parameters}
     row |= {"flops": flops, "predicted_bytes": predicted}
-    reason = why_not_try(predicted, flops, device)
+    reason = why_not_try(memory, predicted, flops, device)
     if reason:
         return row | {"reason": reason}
     try:

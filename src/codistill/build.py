@@ -4,6 +4,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -73,8 +74,9 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     }
     corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
     tokenizer = corpus.tokenizer()
-    _check_tokenizers(run, tokenizer)
+    _check_tokenizers(run, tokenizer, ranks)
     validation = _prepared(run.data.validation, tokenizer, "data.validation", ranks)
+    _warn_of_seen_text(corpus, validation, ranks)
     objective = objective_of(run)
     unseen = held_out(
         validation,
@@ -268,9 +270,18 @@ def _check_sources(run: Run) -> None:
             )
 
 
+def _warn_of_seen_text(train: Corpus, validation: Corpus, ranks: Ranks) -> None:
+    seen = {source["sha256"] for source in train.manifest["sources"]}
+    both = [source["name"] for source in validation.manifest["sources"] if source["sha256"] in seen]
+    if both and ranks.is_main and train.manifest["part"] == validation.manifest["part"]:
+        print(f"data.validation: {both[0]} is also trained on, so held-out scores are of seen text", file=sys.stderr)
+
+
 def _tokenizer_spec(run: Run) -> str:
     if run.data.tokenizer is not None:
         return run.data.tokenizer
+    if len(run.data.train) == 1 and (own := Path(run.data.train[0]) / "tokenizer").is_dir():
+        return str(own)  # of a prepared folder
     for path in pre_trained(run).values():
         return path
     raise UserError(
@@ -279,10 +290,17 @@ def _tokenizer_spec(run: Run) -> str:
     )
 
 
-def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast) -> None:
+def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast, ranks: Ranks) -> None:
     wanted = tokenizer_hash(tokenizer)
     for name, path in pre_trained(run).items():
         own = load_own_tokenizer(path)
+        if own is None and (run.data.tokenizer or "").startswith("train:"):
+            raise UserError(
+                f"members.{name}: {path!r} has no tokenizer beside it, and a new one gives its tokens other numbers; "
+                "name the tokenizer that it was trained with in data.tokenizer"
+            )
+        if own is None and ranks.is_main:
+            print(f"members.{name}: {path!r} has no tokenizer beside it; the run's is taken on trust", file=sys.stderr)
         if own is not None and tokenizer_hash(own) != wanted:
             raise UserError(
                 f"members.{name}: {path!r} has another tokenizer than the run's "

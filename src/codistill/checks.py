@@ -10,7 +10,7 @@ from codistill.errors import UserError, did_you_mean
 def check_whole(run: Run) -> None:
     """UserError naming the first setting of `run` that does not go with the others."""
     for name, member in run.members.items():
-        _check_member(name, member)
+        _check_member(name, member, run)
     if not run.trained:
         raise UserError("members: none is trained; a run needs at least one member without `frozen: true`")
     for index, edge in enumerate(run.distillation):
@@ -37,11 +37,12 @@ def check_whole(run: Run) -> None:
         )
 
 
-def _check_member(name: str, member: Any) -> None:
+def _check_member(name: str, member: Any, run: Run) -> None:
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise UserError(f"members: {name!r} cannot name a member; use letters, digits, - and _ (it becomes a folder)")
     if (member.model is None) == (member.path is None):
-        raise UserError(f"members.{name}: give either `model` (random initialisation) or `path` (a trained model)")
+        near = did_you_mean(name, [other for other in run.members if other != name]) if member.model is None else ""
+        raise UserError(f"members.{name}: give `model` (random initialisation) or `path` (a trained model){near}")
     if member.init is not None and member.path is not None:
         raise UserError(f"members.{name}.init: a member with a `path` has its parameters already; give `model` instead")
     if member.init is not None and member.init.learned and (member.init.width or member.init.noise):
@@ -58,6 +59,7 @@ def _check_member(name: str, member: Any) -> None:
         _check_heads(member.model, f"members.{name}.model")
 
 
+_ROTARY = ("modernbert", "llama", "qwen2", "qwen3", "gemma3_text")
 _WITH_KEY_VALUE_HEADS = ("llama", "qwen2", "qwen3", "gemma3_text")
 
 
@@ -65,6 +67,11 @@ def _check_heads(model: ModelConfig, field: str) -> None:
     heads = model.heads or max(model.width // 64, 1)
     if model.width % heads:
         raise UserError(f"{field}.heads: a width of {model.width} does not divide into {heads} heads")
+    if model.family in _ROTARY and (model.width // heads) % 2:
+        raise UserError(
+            f"{field}.heads: {model.family} turns pairs of numbers, and {heads} heads of a width of {model.width} are "
+            f"{model.width // heads} wide; wanted an even width of a head"
+        )
     shared = model.key_value_heads
     if shared is not None and (heads % shared or model.family not in _WITH_KEY_VALUE_HEADS):
         raise UserError(
@@ -81,8 +88,6 @@ def _check_edge(run: Run, edge: Any, field: str) -> None:
                 f"{field}.{role}: there is no member {name!r}{did_you_mean(name, run.members)}; "
                 f"there are {', '.join(run.members)}"
             )
-    if edge.teacher == edge.student:
-        raise UserError(f"{field}: {edge.teacher!r} cannot teach itself; name another teacher or student")
     if run.members[edge.student].frozen:
         raise UserError(f"{field}.student: {edge.student!r} is frozen and cannot learn; unfreeze it or drop the edge")
     problem = edge_problem(edge)

@@ -57,7 +57,11 @@ class Member:
         self.predictor.train(self.is_trained)
         if not self.is_trained:
             self.predictor.requires_grad_(False)
-        elif not self._learns():
+            return
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        if not self._learns():
             raise UserError(
                 f"member {self.name!r}: its optimizer has none of its parameters that require a gradient, so nothing "
                 "is left to train; unfreeze some, or give no optimizer for a frozen teacher"
@@ -89,10 +93,21 @@ class Member:
             settings = {name: value for name, value in first.items() if name not in ("params", "param_names")}
             self.optimizers[-1].add_param_group({**settings, "params": parameters})
 
+        held, mine = set(map(id, self._optimized())), {id(parameter) for parameter in self.parameters}
+        left = [n for n, p in self.predictor.named_parameters() if p.requires_grad and id(p) not in held]
+        if left:
+            raise UserError(
+                f"member {self.name!r}: no optimizer has {left[0]} ({len(left)} such); freeze it, or give it to one"
+            )
+        if held - mine:
+            raise UserError(f"member {self.name!r}: its optimizer has parameters that are not its own; leave them out")
+
+    def _optimized(self) -> list[Tensor]:
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
     def _learns(self) -> bool:
         mine = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        return any(id(parameter) in mine for group in groups for parameter in group["params"])
+        return any(id(parameter) in mine for parameter in self._optimized())
 
 
 class Cohort:
@@ -296,6 +311,13 @@ def _check(members: Sequence[Member], edges: Sequence[Distillation], ranks: Rank
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise UserError(f"members: their predictors have different vocabularies ({said}); give all the same")
+    owner: dict[int, str] = {}
+    for member in members:
+        for parameter in member.predictor.parameters():
+            if (other := owner.setdefault(id(parameter), member.name)) != member.name:
+                raise UserError(
+                    f"members: {other!r} and {member.name!r} share parameters; give each a model of its own"
+                )
     for edge in edges:
         for name in (edge.teacher, edge.student):
             if name not in names:

@@ -5,7 +5,7 @@ every weight take a number or a schedule (`codistill.schedules`).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from codistill.schedules import Spec
 
@@ -129,6 +129,10 @@ class Layers:
     teacher: list[int]
 
 
+_Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "squared_error"]
+_DIVERGENCES = get_args(_Divergence)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     """An edge: `teacher` teaches `student`, whose loss gains weight · what `kind` says. The teacher gets no gradient.
@@ -140,7 +144,7 @@ class DistillationConfig:
     teacher: str
     student: str
     kind: Literal["logits", "hidden", "relation"] = "logits"
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "squared_error"] = "forward_kl"
+    divergence: _Divergence = "forward_kl"
     weight: Spec = field(default=1.0)
     temperature: float = limited(1.0, above=0)
     layers: Layers | None = None
@@ -149,6 +153,12 @@ class DistillationConfig:
 
 def edge_problem(edge: Any) -> str | None:
     """What of an edge's settings does not go together, in words, or None."""
+    if edge.teacher == edge.student:
+        return f"{edge.teacher!r} cannot teach itself; name another teacher or student"
+    if isinstance(edge.divergence, str) and edge.divergence not in _DIVERGENCES:
+        return f"divergence {edge.divergence!r}; wanted {', '.join(_DIVERGENCES)}"
+    if isinstance(edge.weight, int | float) and edge.weight < 0:
+        return f"weight {edge.weight}; wanted at least 0"
     if edge.kind not in ("logits", "hidden", "relation"):
         return f"kind {edge.kind!r}; wanted logits, hidden or relation"
     if edge.kind == "logits":
@@ -250,6 +260,17 @@ class Run:
     def seed_name(self, member: str) -> str:
         """What the initialisation and the noise of `member` are keyed by."""
         return self.members[member].seeded_as or self.members[member].twin_of or member
+
+    def tokens_by(self, step: int) -> int:
+        """Tokens of text in the first `step` steps, also where a resumption has changed how many a step has."""
+        sequences, length, total = self.batch.sequences, self.data.length, 0
+        for part in reversed((self.provenance or {}).get("changed", [])):
+            begun = min(step, part["from_step"])
+            total, step = total + (step - begun) * sequences * length, begun
+            sequences, length = (
+                part["was"].get(key, now) for key, now in (("batch.sequences", sequences), ("data.length", length))
+            )
+        return total + step * sequences * length
 
     @property
     def trained(self) -> list[str]:

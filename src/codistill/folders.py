@@ -14,6 +14,7 @@ def members_of(folder: Path) -> dict[str, Path]:
     """The models of the finished run in `folder`, by name; UserError where there is none."""
     places = sorted(place for place in (folder / "members").glob("*") if (place / "config.json").is_file())
     if not places:
-        state = "is not finished; codistill train --resume goes on with it" if is_run_folder(folder) else "holds no run"
+        is_begun = (folder / "run.yaml").is_file()
+        state = "is not finished; codistill train --resume goes on with it" if is_begun else "holds no run"
         raise UserError(f"{folder} {state}; give the folder of a finished run")
     return {place.name: place for place in places}

@@ -1,17 +1,19 @@
 """Text from a causal member of a finished run."""
 
+import math
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from codistill import distributed
 from codistill.data.tokenizers import Vocabulary, load_tokenizer
 from codistill.errors import UserError
 from codistill.families import family_of, longest
 from codistill.folders import members_of
+from codistill.members import load_model
 
 
 def generate(
@@ -31,6 +33,8 @@ def generate(
     """
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: at least one is needed")
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature {temperature}: a number of at least 0 is needed")
     place = _member(folder, member)
     config = AutoConfig.from_pretrained(place)
     family = family_of(config)
@@ -42,7 +46,7 @@ def generate(
     ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no token to begin with; give a word")
-    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    model = load_model(str(place), f"--member {member}", "clm").eval()
     positions = longest(model)
     if positions is not None and len(ids) + tokens > positions:
         raise UserError(

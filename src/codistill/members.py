@@ -203,7 +203,8 @@ def load_model(
             )
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise UserError(f"{field}: {path!r} cannot be loaded: {first_line(error)}") from None
+        nowhere = "" if Path(path).exists() else "there is no such folder here; from the hub: "
+        raise UserError(f"{field}: {path!r} cannot be loaded: {nowhere}{first_line(error)}") from None
     check_full_precision(config, path, field)
     if objective is not None:
         check_objective(config.model_type, objective, f"{field}: {path!r}")
@@ -259,6 +260,8 @@ def _load_weights(
         output_loading_info=True,
         trust_remote_code=trust_remote_code,
     )
+    said = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # of tensors that are missing we say what matters
     try:
         model, report = load(config=config)
         if any(key.startswith("lm_predictions.lm_head.") for key in report["unexpected_keys"]):
@@ -266,6 +269,8 @@ def _load_weights(
             model, report = load(config=config)
     except Exception as error:  # safetensors and the hub have error types of their own, none of them documented
         raise UserError(f"{field}: the weights in {path!r} cannot be read: {first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(said)
     needed = "" if needs_head else f"{model.base_model_prefix}."
     missing = sorted(key for key in report["missing_keys"] if key.startswith(needed))
     if missing:

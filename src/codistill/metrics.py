@@ -29,12 +29,19 @@ class Logged(NamedTuple):
 class MetricsLog:
     """Appends to a metrics file. Lines after step `first` are dropped on opening: they are about to be redone.
 
-    `also` is given every line that was appended, as a mapping.
+    `also` is given every line that was appended, as a mapping. `tokens_before`: seen by step `first`, if not so many a
+    step.
     """
 
     def __init__(
-        self, file: Path, first: int, tokens_per_step: int, also: Callable[[Mapping[str, Any]], None] | None = None
+        self,
+        file: Path,
+        first: int,
+        tokens_per_step: int,
+        also: Callable[[Mapping[str, Any]], None] | None = None,
+        tokens_before: int | None = None,
     ):
+        self.tokens_before = first * tokens_per_step if tokens_before is None else tokens_before
         self.file, self.first, self.tokens_per_step, self.also = file, first, tokens_per_step, also
         kept = [line for line in read_metrics(file) if line["step"] <= first]
         self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
@@ -59,7 +66,8 @@ class MetricsLog:
         named: dict[str, Any] = dict(zip(metrics, values, strict=True))
         spikes = self.spikes(named)
         self._remember(named)
-        line = {"step": step, "tokens": step * self.tokens_per_step, "seconds": round(self.seconds, 3)} | named
+        tokens = self.tokens_before + (step - self.first) * self.tokens_per_step
+        line = {"step": step, "tokens": tokens, "seconds": round(self.seconds, 3)} | named
         self._append(line | ({"spikes": spikes} if spikes else {}) | ({"skipped": skipped} if skipped else {}))
         self.skipped_written = skipped
         rate = (step - self.first) * self.tokens_per_step / (time.monotonic() - self.started)

@@ -71,7 +71,11 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
     batch = f"{run.batch.sequences} × {run.data.length} tokens"
     seen = f"{results['tokens']:,} tokens in {results['steps']:,} steps of {batch}"
     passes = f", {results['passes']:.3g} passes over the text" if "passes" in results else ""
-    return "\n".join([*lines, f"- seen in training: {seen}{passes}", ""])
+    lines.append(f"- seen in training: {seen}{passes}")
+    for part in (run.provenance or {}).get("changed", []):
+        settings = ", ".join(f"`{key}` (was {was})" for key, was in part["was"].items())
+        lines.append(f"- **changed on the way**, before step {part['from_step'] + 1}: {settings}")
+    return "\n".join([*lines, ""])
 
 
 def _results(run: Run, results: Mapping[str, Any], member: str) -> str:

@@ -32,7 +32,7 @@ def silent(done: int, note: str = "", total: int | None = None, *, numbers: Mapp
 @contextmanager
 def shown(what: str, total: int, console: Console | None = None) -> Iterator[Advance]:
     """A bar for `total` units of `what`, on standard error."""
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, emoji=False)
     if not console.is_terminal:
         yield _lines(what, total, console)
         return
@@ -43,7 +43,7 @@ def shown(what: str, total: int, console: Console | None = None) -> Iterator[Adv
 @contextmanager
 def live(what: str, total: int, console: Console | None = None) -> Iterator[Advance]:
     """As `shown`; on a terminal with a table of each member's newest numbers below the bar."""
-    console = console or Console(stderr=True)
+    console = console or Console(stderr=True, emoji=False)
     if not console.is_terminal:
         yield _lines(what, total, console)
         return

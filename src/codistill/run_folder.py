@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,7 +18,7 @@ from codistill.config import Run
 from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
-from codistill.files import atomic_folder, machine_error, remove_folder, write_file
+from codistill.files import atomic_folder, locked, machine_error, remove_folder, write_file
 from codistill.folders import is_run_folder
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.model_card import model_card
@@ -25,18 +26,19 @@ from codistill.scores import Score
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
 DETERMINING = ("data", "tokenizer", "members", "versions")
-_JOB = ".job"
+_JOB, _LOCK = ".job", ".lock"
 # What a run, its trackers, its report and a study's scores leave in its folder.
 _OWN = (
-    *("run.yaml", "run.before-*.yaml", _JOB, "metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
-    *("tensorboard", "wandb", ".wandb", ".trackio", ".mlflow", "scores", "agreement.json", ".*.partial", ".*.removed"),
+    *("run.yaml", "run.before-*.yaml", _JOB, _LOCK, ".*.partial", ".*.removed"),
+    *("metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
+    *("tensorboard", "wandb", ".wandb", ".trackio", ".mlflow", "scores", "agreement.json"),
 )
 
 
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
     """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
     # The partial file alone is what a process left that was killed while it made the folder.
-    if not out.exists() or (out.is_dir() and {place.name for place in out.iterdir()} <= {".run.yaml.partial"}):
+    if not out.exists() or (out.is_dir() and {place.name for place in out.iterdir()} <= {".run.yaml.partial", _LOCK}):
         if resume:
             raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
         return
@@ -82,12 +84,21 @@ def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resu
             )
 
 
-def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
-    """Makes the folder of a new run; in a resumed one whose configuration changed, keeps the old one beside."""
+def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: bool, fresh: bool) -> None:
+    """Makes the folder of a new run; in a resumed one whose configuration changed, keeps the old one beside.
+
+    A run that goes on from step `first` is not finished any more. Until `held` is closed no other process trains there;
+    UserError where one does.
+    """
     try:
-        if fresh:
-            remove_folder(out)
+        if fresh and out.exists():
+            with locked(out / _LOCK, wait=False):
+                remove_folder(out)
         out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(out / _LOCK, wait=False))
+        if resume and first < run.steps:
+            (out / "results.json").unlink(missing_ok=True)
+            remove_folder(out / "members")
         file, text = out / "run.yaml", to_yaml(run)
         if resume and (before := file.read_text(encoding="utf-8")) != text:
             places = (out / f"run.before-{number}.yaml" for number in count())
@@ -96,6 +107,8 @@ def open_folder(run: Run, out: Path, *, resume: bool, fresh: bool) -> None:
         write_file(file, text)
         (out / "checkpoints").mkdir(exist_ok=True)
         (out / _JOB).write_text(job())
+    except BlockingIOError:
+        raise UserError(f"{out}: another process trains there; wait for it, or give another --out") from None
     except OSError as error:
         raise machine_error(error, out) from error
 
@@ -121,6 +134,17 @@ def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, A
             file=sys.stderr,
         )
     return past if past and before == now else [*past, {"from_step": first, **now}]
+
+
+def changed(run: Run, out: Path | None, first: int) -> list[dict[str, Any]]:
+    """From which step on which settings were others before, if `run` goes on in `out` from step `first`."""
+    if out is None:
+        return []
+    old = load(read_run(out / "run.yaml"))
+    was, now = (_flat(_settings(one)) for one in (old, run))
+    differing = {key: was.get(key) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)}
+    past = (old.provenance or {}).get("changed", [])
+    return [*past, {"from_step": first, "was": differing}] if differing and first else past
 
 
 class Ending(NamedTuple):
@@ -153,8 +177,8 @@ def _write_final(
         "objective": run.objective.name,
         "steps": ending.step,
         "stopped_early": ending.step < run.steps,
-        "tokens": ending.step * run.batch.sequences * run.data.length,
-        "passes": round(built.batches.epoch_of(ending.step), 4),
+        "tokens": run.tokens_by(ending.step),
+        "passes": round(run.tokens_by(ending.step) / (built.batches.num_rows * run.data.length), 4),
         "seconds": round(seconds, 1),
         "seed": run.seed,
         "precision": run.precision,
@@ -193,8 +217,13 @@ def _result(run: Run, built: Built, name: str, ending: Ending) -> dict[str, Any]
     }
 
 
+def _settings(run: Run) -> dict[str, Any]:
+    """What a run's numbers are made of."""
+    return to_dict(replace(run, provenance=None, distributed="auto", track=[]))
+
+
 def _changed_settings(old: Run, new: Run) -> list[str]:
-    was, now = (_flat(to_dict(replace(run, provenance=None, distributed="auto", track=[]))) for run in (old, new))
+    was, now = (_flat(_settings(run)) for run in (old, new))
     return [
         f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(was.keys() | now.keys())

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from codistill.progress import Advance, silent
 from codistill.run_folder import (
     DETERMINING,
     Ending,
+    changed,
     check_folder,
     check_provenance,
     distribution,
@@ -47,7 +48,7 @@ class Stopped(Exception):
 
 def train(
     run: Run,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool = False,
     fresh: bool = False,
@@ -66,6 +67,7 @@ def train(
     asks for them, and the C library keeps what a step frees. Raises UserError for what is wrong in `run`, MachineError
     for the disk.
     """
+    out = Path(out)
     check_installed(run.track)
     ranks = distributed.start(run.distributed, device)
     if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
@@ -81,9 +83,16 @@ def train(
     accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
     ranks.together(accept)
     first = _restored(run, built, out) if resume else 0
-    run = _recorded(run, built, distribution(out if resume else None, ranks, first), ranks)
-    ranks.on_main(partial(open_folder, run, out, resume=resume, fresh=fresh))
-    with _signals() as asked_to_stop:
+    if not resume and (run.provenance or {}).get("changed") and ranks.is_main:
+        print(
+            "the settings of the run that this is of changed on its way; this one has the last throughout",
+            file=sys.stderr,
+        )
+    before = out if resume else None
+    parts = {"distribution": distribution(before, ranks, first), "changed": changed(run, before, first)}
+    run = _recorded(run, built, parts, ranks)
+    with ExitStack() as held, _signals() as asked_to_stop:
+        ranks.on_main(partial(open_folder, run, out, first, held, resume=resume, fresh=fresh))
         try:
             _run(run, built, out, first, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
         except OSError as error:
@@ -120,11 +129,11 @@ def _newest(out: Path, ranks: Ranks) -> Path | None:
     return None if step < 0 else checkpoint.place_of(out / "checkpoints", step)
 
 
-def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks) -> Run:
+def _recorded(run: Run, built: Built, parts: Mapping[str, list[dict[str, Any]]], ranks: Ranks) -> Run:
     """`run` with all that determined its numbers, which must be the same on all ranks."""
     for name, fact in {**{key: built.provenance[key] for key in DETERMINING}, "precision": run.precision}.items():
         ranks.check_same(json.dumps(fact), name)
-    return replace(run, provenance=built.provenance | {"distribution": parts})
+    return replace(run, provenance=built.provenance | {name: part for name, part in parts.items() if part})
 
 
 def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
@@ -135,7 +144,8 @@ def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_
         closing(Tracker(run if ranks.is_main else replace(run, track=[]), out, first)) as tracker,
         closing(Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)) as saver,
     ):
-        log = ranks.together(lambda: MetricsLog(file, first, run.batch.sequences * run.data.length, tracker.log))
+        a_step = run.batch.sequences * run.data.length
+        log = ranks.together(lambda: MetricsLog(file, first, a_step, tracker.log, run.tokens_by(first)))
         save = partial(saver.save, members=trained)
         with closing(prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world)) as batches:
             ending = _loop(run, built, first, batches, log, advance, asked_to_stop, save)

@@ -51,7 +51,7 @@ def _fail(message: str, status: int) -> None:
 
 def _say(message: str) -> None:
     line = " ".join(message.split())
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]codistill:[/] {escape(line)}")
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False).print(f"[bold red]codistill:[/] {escape(line)}")
 
 
 __all__ = ["app", "main"]

@@ -19,7 +19,7 @@ app = App(
 )
 bench = App(name="bench", help="Measure side by side: ours, plain PyTorch, and the peers that are installed.")
 app.command(bench)
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, emoji=False)
 
 Settings = Annotated[
     list[str] | None,

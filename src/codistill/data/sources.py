@@ -43,6 +43,10 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     if isinstance(names, str):
         names = [names]
     found = [source for name in names for source in _find(str(name))]
+    files = [os.path.realpath(source.name) if source.format in FORMATS.values() else source.name for source in found]
+    twice = next((source.name for number, source in enumerate(found) if files[number] in files[:number]), None)
+    if twice is not None:
+        raise UserError(f"data: {twice} is named twice, by itself or by a folder or glob that it lies in; name it once")
     if not found:
         raise UserError("data: no source was named; give files, folders, globs or builtin:python/train")
     return found
@@ -79,6 +83,8 @@ def _find(name: str) -> list[Source]:
     if path.is_file():
         return [_file(path)]
     matches = sorted(glob.glob(str(path), recursive=True))
+    if "**" in name:  # which names folders beside all that is in them
+        matches = [match for match in matches if Path(match).is_file() and _format(Path(match))]
     if not matches:
         raise UserError(f"source {name}: no such file, folder or glob (hub data sets are spelled hub:NAME)")
     return [source for match in matches for source in _find(match)]
@@ -86,6 +92,8 @@ def _find(name: str) -> list[Source]:
 
 def _inside(folder: Path) -> list[Source]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and _format(path))
+    if not files and (folder / "manifest.json").is_file():
+        raise UserError(f"source {folder}: a prepared folder stands alone; it cannot be mixed or prepared again")
     if not files:
         raise UserError(f"source {folder}: the folder holds no {', '.join(FORMATS)} file")
     return [_file(path) for path in files]

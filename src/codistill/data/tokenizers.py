@@ -166,6 +166,9 @@ def _pretrained(spec: str) -> PreTrainedTokenizerFast:
         raise UserError(f"tokenizer {spec}: no vocabulary file, tokenizer folder or hub name ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {spec}: it has no fast version (tokenizer.json)")
+    # transformers makes a tokenizer of special tokens alone from a model's configuration.
+    if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
+        raise UserError(f"tokenizer {spec}: it has no vocabulary; name the tokenizer that the model was trained with")
     return tokenizer
 
 

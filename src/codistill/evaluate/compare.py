@@ -125,8 +125,11 @@ def _summary(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def _pairs(reference: Sequence[Cell], other: Sequence[Cell]) -> list[tuple[Cell, Cell]]:
+    """Of one seed, and scored in one way: a masked loss and a causal one, or losses over other tokens, say nothing of
+    one another."""
     good = {cell.seed: cell for cell in other if not cell.failed}
-    return [(cell, good[cell.seed]) for cell in reference if not cell.failed and cell.seed in good]
+    both = [(cell, good[cell.seed]) for cell in reference if not cell.failed and cell.seed in good]
+    return [(a, b) for a, b in both if a.counted.get("scored_as") == b.counted.get("scored_as")]
 
 
 def _bootstrap(cells: Sequence[Cell], others: Sequence[Cell] | None = None) -> tuple[float, float] | None:

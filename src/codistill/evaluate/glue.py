@@ -79,7 +79,9 @@ def read_task(data: Path | None, name: str) -> TaskData:
     found = {split: read_split(data, name, split) for split in (*task.splits, *tests)}
     for split, examples in (("train", train), (task.splits[0], found[task.splits[0]])):
         if examples is None or not len(examples):
-            raise UserError(f"glue/{name}: no {split} split in {data or 'nyu-mll/glue'}; it needs train and {split}")
+            raise UserError(
+                f"glue/{name}: no {split} split in {data or 'nyu-mll/glue'}; it needs train and {task.splits[0]}"
+            )
     assert train is not None
     return TaskData(name, train, {split: examples for split, examples in found.items() if examples is not None})
 

@@ -52,6 +52,10 @@ def evaluate(
     known, unknown = parse_tasks(tasks)
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: at least one is needed")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: at least one pair is needed")
+    if data is not None and not Path(data).is_dir():
+        raise UserError(f"--data {data}: there is no such folder")
     paths = find_models(models)
     edges = parse_edges(distill, list(paths))
     out, data = Path(out), Path(data) if data is not None else None

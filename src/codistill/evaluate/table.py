@@ -28,6 +28,13 @@ def notes(results: Mapping[str, Any]) -> list[str]:
     for task, splits in partial.items():
         parts = ", ".join(f"{split} {share}" for split, share in splits.items())
         lines.append(f"partial: {task} ({parts} examples): not comparable with published scores")
+    ways = {c["model"]: c["counted"]["scored_as"] for c in results["cells"] if "scored_as" in c["counted"]}
+    if len({str(way) for way in ways.values()}) > 1:
+        said = "; ".join(
+            f"{model}: {way['objective']}, {way['tokens_a_row']} tokens a row, tokenizer {way['tokenizer'][:6]}"
+            for model, way in ways.items()
+        )
+        lines.append(f"mlm: not all losses can be compared ({said})")
     for task, cut in {c["task"]: c["counted"].get("truncated") for c in results["cells"]}.items():
         total = sum(cut.values()) if isinstance(cut, Mapping) else cut or 0
         if total:

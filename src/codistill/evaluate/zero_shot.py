@@ -12,6 +12,7 @@ from codistill import objectives
 from codistill.data.batches import held_out
 from codistill.data.prepare import cached
 from codistill.data.sources import find_sources, fingerprint
+from codistill.data.tokenizers import tokenizer_hash
 from codistill.errors import UserError
 from codistill.evaluate.blimp import Pairs, encode_sentences, likelihoods, score_pairs
 from codistill.evaluate.jobs import Content, Job, Progress
@@ -38,6 +39,8 @@ def find_text(text: Sequence[str], data: Path | None) -> list[str]:
 def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision: torch.dtype) -> Job:
     """Loss, perplexity and accuracy of all the text together, and the loss of each source."""
     length = min(protocol.held_out_length, subject.positions)
+    objective = "clm" if subject.is_causal else "mlm"
+    tokenizer = tokenizer_hash(subject.tokenizer)
     key = key_of(
         task="mlm",
         model=subject.content,
@@ -53,7 +56,7 @@ def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision
         for source in text:
             scores[source] = _score_text(subject, source, length, protocol, precision)
             progress(_TEXT_COST)
-        return [_summary(scores)]
+        return [_summary(scores, {"tokens_a_row": length, "objective": objective, "tokenizer": tokenizer})]
 
     return Job([Cell(subject.name, "mlm", None)], [key], _TEXT_COST * len(text), compute)
 
@@ -110,7 +113,8 @@ def _objective(subject: Subject, protocol: Protocol) -> Any:
     return objectives.MaskedLM(protocol.mask_rate)
 
 
-def _summary(scores: dict[str, Score]) -> Content:
+def _summary(scores: dict[str, Score], how: dict[str, Any]) -> Content:
+    """`how`: what must be alike for two such scores to be compared."""
     rows = sum(score.rows for score in scores.values())
     loss, accuracy = (
         sum(getattr(score, of) * score.rows for score in scores.values()) / rows for of in ("loss", "accuracy")
@@ -119,7 +123,11 @@ def _summary(scores: dict[str, Score]) -> Content:
     return {
         "score": loss,
         "scores": {"loss": loss, "perplexity": whole.perplexity, "accuracy": accuracy},
-        "counted": {"rows": rows, "loss_by_source": {_short(name): score.loss for name, score in scores.items()}},
+        "counted": {
+            "rows": rows,
+            "scored_as": how,
+            "loss_by_source": {_short(name): score.loss for name, score in scores.items()},
+        },
     }
 
 

@@ -1,6 +1,7 @@
 """The table and the learning curves of a run folder. A twin is drawn as its original, dashed."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from codistill.blocks import COLOURS
 from codistill.files import machine_error
+from codistill.loading import load, read_run
 from codistill.metrics import read_metrics
 
 
@@ -21,7 +23,7 @@ def results_table(folder: Path) -> Table:
     """Held-out loss, perplexity and accuracy of each member of a finished run, beside its twin's if it has one."""
     results = read_results(folder)
     members = results["members"]
-    alone = _untaught_twins(members)
+    alone = untaught_twins(members)
     unigram = results["held_out"]["unigram_loss"]
     table = Table(
         box=SIMPLE,
@@ -82,7 +84,7 @@ def _kind(results: dict[str, Any]) -> str:
     return {"mlm": "masked", "clm": "causal"}[results.get("objective", "mlm")]  # of older folders, which do not say
 
 
-def _untaught_twins(members: dict[str, dict]) -> dict[str, str]:
+def untaught_twins(members: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """For each member that is taught, its twin that is not, if it has one."""
     pairs = [(name, member["twin_of"]) for name, member in members.items() if member["twin_of"]]
     both_ways = [*pairs, *((original, twin) for twin, original in pairs)]
@@ -104,11 +106,10 @@ def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[st
 
 def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """(millions of tokens, loss) points of every member that was trained."""
-    results = read_results(folder)
-    tokens_per_step = results["tokens"] / results["steps"] / 1e6
+    results, run = read_results(folder), load(read_run(folder / "run.yaml"))
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in read_metrics(folder / "metrics.jsonl"):
         for name, score in line.get("held_out", {}).items():
             if not results["members"][name]["frozen"]:
-                curves.setdefault(name, []).append((line["step"] * tokens_per_step, score["loss"]))
+                curves.setdefault(name, []).append((run.tokens_by(line["step"]) / 1e6, score["loss"]))
     return curves

@@ -8,7 +8,7 @@ from typing import Any
 from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
 from codistill.errors import UserError
 from codistill.loading import to_yaml
-from codistill.report.run import curves_figure, read_results
+from codistill.report.run import curves_figure, read_results, untaught_twins
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
 from codistill.study.page import study_blocks
@@ -44,7 +44,12 @@ def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
         f"cross-entropy of the {held_out['rows']:,} held-out tokens: {held_out['unigram_loss']:.3f} nats."
     )
     head = ["member", "taught by", "parameters", "FLOPs (of teachers)", "loss, nats", "perplexity", "accuracy"]
-    rows = [_member(name, member) for name, member in results["members"].items()]
+    members, alone = results["members"], untaught_twins(results["members"])
+    head += ["loss vs. alone"] if alone else []
+    rows = [
+        _member(name, member) + ([_versus(member, members.get(alone.get(name, "")))] if alone else [])
+        for name, member in members.items()
+    ]
     name = folder.resolve().name
     return [
         Heading(f"Run {name}"),
@@ -53,6 +58,11 @@ def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
         *_picture(f"{name}-curves.svg", lambda: curves_figure(folder), f"Held-out loss of {name} along training."),
         Listing("the resolved configuration", (folder / "run.yaml").read_text(encoding="utf-8")),
     ]
+
+
+def _versus(member: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
+    """A taught member's loss less its twin's, which nobody taught."""
+    return "" if twin is None else f"{member['loss'] - twin['loss']:+.3f}"
 
 
 def _member(name: str, member: Mapping[str, Any]) -> list[str]:
