@@ -124,6 +124,7 @@ def test_trained_wordpiece_has_the_size_and_no_unknown(tmp_path):
         ("words.txt", r"no \[UNK\] and no \[SEP\] among its 2 lines"),
         ("binary.txt", "not a readable vocabulary file"),
         ("broken", "make no byte-level BPE"),
+        ("a-model", "it has no vocabulary; name the tokenizer that the model was trained with"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path, monkeypatch):
@@ -133,6 +134,8 @@ def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path, monkeypatch):
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "merges.txt").write_text("a b")
+    (tmp_path / "a-model").mkdir()
+    (tmp_path / "a-model" / "config.json").write_text('{"model_type": "bert", "vocab_size": 1000}')
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(spec)
     assert spec in str(caught.value)

@@ -130,7 +130,9 @@ def test_positions_that_begin_after_padding_are_not_counted(text, tmp_path):
     assert longest(predictor("a", family="bert").model) == 512
     built = transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZE | {"vocab_size": 300, "pad_token_id": 1}))
     built.save_pretrained(tmp_path / "roberta")
-    run = small_run("dwt", text, f"members.weak.path={tmp_path / 'roberta'}", "data.length=39")
+    straight = train(small_run("standalone", text, "steps=1"), tmp_path / "with-tokenizer")
+    wanted = f"data.tokenizer={straight / 'members' / 'large'}"
+    run = small_run("dwt", text, f"members.weak.path={tmp_path / 'roberta'}", "data.length=39", wanted)
     refused("data.length: 39 is more than the 38 positions of members.weak", run, tmp_path / "run")
 
 

@@ -69,7 +69,7 @@ def test_what_cannot_go_on_is_refused(folder, teacher, tmp_path):
         generate(tmp_path, "large", "the")
     with pytest.raises(UserError, match="modernbert is not a causal language model"):
         generate(teacher.parents[1], "large", "the")
-    with pytest.raises(UserError, match="--tokens 600: with the prompt's 2 more than the 512 positions of large"):
+    with pytest.raises(UserError, match="--tokens 600: with the prompt's 2 that exceeds the 512 positions of large"):
         generate(folder, "large", "the", tokens=600)
 
 

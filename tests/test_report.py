@@ -11,6 +11,8 @@ from rich.console import Console
 from codistill.blocks import Heading, Listing, Table, to_html
 from codistill.errors import UserError
 from codistill.evaluate.run import evaluate
+from codistill.loading import to_yaml
+from codistill.recipes import find
 from codistill.report import draw_curves, results_table, sections, write_report
 from codistill.study.arms import keys_of
 from codistill.study.cells import Cells
@@ -33,6 +35,7 @@ def finished(folder) -> None:
     (folder / "results.json").write_text(json.dumps({**results, "seconds": 1.0}))
     lines = [{"step": step, "held_out": {n: {"loss": 5.0 / step} for n in members}} for step in (1, 2)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "run.yaml").write_text(to_yaml(find("ctcd")))
 
 
 def test_the_table_shows_what_the_teaching_made_of_each_member(tmp_path):

@@ -66,6 +66,14 @@ class Member:
                 f"member {self.name!r}: its optimizer has none of its parameters that require a gradient, so nothing "
                 "is left to train; unfreeze some, or give no optimizer for a frozen teacher"
             )
+        held, mine = set(map(id, self._optimized())), {id(parameter) for parameter in self.parameters}
+        left = [n for n, p in self.predictor.named_parameters() if p.requires_grad and id(p) not in held]
+        if left:
+            raise UserError(
+                f"member {self.name!r}: no optimizer has {left[0]} ({len(left)} such); freeze it, or give it to one"
+            )
+        if held - mine:
+            raise UserError(f"member {self.name!r}: its optimizer has parameters that are not its own; leave them out")
 
     @property
     def is_trained(self) -> bool:
@@ -92,15 +100,6 @@ class Member:
             first = self.optimizers[-1].param_groups[0]
             settings = {name: value for name, value in first.items() if name not in ("params", "param_names")}
             self.optimizers[-1].add_param_group({**settings, "params": parameters})
-
-        held, mine = set(map(id, self._optimized())), {id(parameter) for parameter in self.parameters}
-        left = [n for n, p in self.predictor.named_parameters() if p.requires_grad and id(p) not in held]
-        if left:
-            raise UserError(
-                f"member {self.name!r}: no optimizer has {left[0]} ({len(left)} such); freeze it, or give it to one"
-            )
-        if held - mine:
-            raise UserError(f"member {self.name!r}: its optimizer has parameters that are not its own; leave them out")
 
     def _optimized(self) -> list[Tensor]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
