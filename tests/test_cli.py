@@ -46,6 +46,12 @@ def test_recipes_are_listed_with_a_line_each(capsys):
         (["bench", "step", "--device", "gpu"], "device: 'gpu' is not here"),
         (["bench", "latency", "."], "no model and no finished run"),
         (["generate", ".", "b", "--member", "a", "--tokens", "0"], "--tokens 0: at least one is needed"),
+        (["study", "ctcd", "--out", "x", "--plan", "--data", "nowhere"], "--data nowhere: there is no such folder"),
+        (["evaluate", ".", "--tasks", "blimp", "--out", "x", "--limit", "0"], "--limit 0: at least one pair is needed"),
+        (
+            ["prepare", "builtin:python", "--tokenizer", "train:wordpiece:300", "--out", "x", "--processes", "0"],
+            "es 0:",
+        ),
         (["trian", "ctcd"], 'Unknown command "trian"'),
         (["train"], "requires an argument"),
     ],

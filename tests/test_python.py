@@ -187,6 +187,12 @@ def test_edges_that_lead_nowhere_are_refused(edges, message):
         Cohort([member("large"), member("small"), member("old", trained=False)], edges)
 
 
+@pytest.mark.parametrize("given", [[], {"input_ids": torch.ones(1, 4)}, [{"input_ids": torch.ones(1, 4)}]])
+def test_what_is_no_batch_is_refused(given):
+    with pytest.raises(UserError, match=r"step 0: .* came in where a Batch or several are wanted"):
+        Cohort([member("a")]).step(0, given)
+
+
 def test_members_that_share_a_model_are_refused():
     built = predictor("a")
     members = [Member(name, built, SGD(built.parameters(), lr=0.1)) for name in ("a", "b")]

@@ -159,6 +159,11 @@ class Cohort:
     def gradients(self, step: int, micro_batches: Batch | Sequence[Batch]) -> dict[str, Tensor]:
         """The part of `step` before the update: adds to every trained member's gradients; returns the losses."""
         micro_batches = [micro_batches] if isinstance(micro_batches, Batch) else micro_batches
+        if not micro_batches or not all(isinstance(batch, Batch) for batch in micro_batches):
+            raise UserError(
+                f"step {step}: {type(micro_batches).__name__} of {len(micro_batches)} came in where a Batch or several "
+                "are wanted; Batch.from_labels makes one of a dictionary with labels"
+            )
         active = [(edge, weight) for edge in self.distillation if (weight := edge.weight_at(step)) != 0]
         counts = [_num_rows(micro_batches, self.device), *self._relations.count(micro_batches)]
         counts = self.ranks.sum(counts)

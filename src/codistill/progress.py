@@ -140,11 +140,12 @@ def _on(progress: Progress, what: str, total: int) -> Advance:
 def _lines(what: str, known: int, console: Console) -> Advance:
     started = last = time.monotonic()
     first: int | None = None
+    said = ""
 
     def advance(
         done: int, note: str = "", total: int | None = None, *, numbers: Mapping[str, float] | None = None
     ) -> None:
-        nonlocal last, first, started
+        nonlocal last, first, started, said
         if not note:
             return
         total = total or known
@@ -155,6 +156,9 @@ def _lines(what: str, known: int, console: Console) -> Advance:
             return
         last = now
         left = f", {(total - done) * (now - started) / (done - first):.0f} s left" if done > first else ""
-        console.print(f"{what}: {done:,} of {total:,}{left}  {note}", highlight=False, soft_wrap=True)
+        line = f"{what}: {done:,} of {total:,}{left}  {note}"
+        if line != said:
+            console.print(line, highlight=False, soft_wrap=True)
+            said = line
 
     return advance

@@ -1,6 +1,5 @@
 """study: the grids of runs behind a finding."""
 
-import difflib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +8,7 @@ from cyclopts import Parameter
 
 from codistill.cli.console import Device, app, console
 from codistill.cli.run import STOPPED
-from codistill.errors import UserError
+from codistill.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from codistill.study.run import Request
@@ -40,6 +39,8 @@ def study(
     for option, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: at least one is needed")
+    if data is not None and not data.is_dir():
+        raise UserError(f"--data {data}: there is no such folder")
     wanted = STUDIES[_known(name, STUDIES, "study", "studies")]
     size = SCALES[_known(scale, SCALES, "scale", "scales")]
     request = Request(wanted, size, seeds or wanted.seeds, out)
@@ -74,6 +75,4 @@ def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str
 def _known(name: str, names, what: str, plural: str) -> str:
     if name in names:
         return name
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    raise UserError(f"there is no {what} {name!r}{hint}; the {plural} are {', '.join(names)}")
+    raise UserError(f"there is no {what} {name!r}{did_you_mean(name, names)}; the {plural} are {', '.join(names)}")

@@ -103,6 +103,8 @@ def _already_prepared(sources: Sequence[str], tokenizer: str | PreTrainedTokeniz
 
 
 def _prepare(job: Job, out: Path, processes: int | None, progress: Callable | None) -> Corpus:
+    if processes is not None and processes < 1:
+        raise UserError(f"--processes {processes}: at least one is needed")
     identity = job.identity()
     if not is_complete(out, identity):
         with workplace(out, identity) as work:

@@ -78,7 +78,7 @@ def _differences(found: Mapping[str, Any], models: list[str]) -> list[Table]:
             shown = "" if agrees is None else f"{agrees:.1%}" if not math.isnan(agrees) else "nan"
             table.add_row(task, model, f"{pair['mean'] * scale:+.{digits}f}", interval, over, shown)
     table.caption = "(n): fewer than 5 seeds, no headline"
-    return [table]
+    return [table] if table.row_count else []
 
 
 def _cell(task: str, summary: Mapping[str, Any] | None) -> str:
