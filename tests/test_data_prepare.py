@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,7 +148,8 @@ def test_cache_folder(monkeypatch):
 
 def test_progress_reaches_the_end(source, vocabulary, tmp_path, small_shards):
     seen: list[Progress] = []
-    corpus = prepare([source, source], vocabulary, tmp_path / "out", progress=seen.append)
+    again = shutil.copy(source, tmp_path / f"again-{Path(source).name}")
+    corpus = prepare([source, again], vocabulary, tmp_path / "out", progress=seen.append)
     assert seen[-1].done_bytes == seen[-1].total_bytes == 2 * Path(source).stat().st_size
     assert (seen[-1].tokens, seen[-1].documents) == (corpus.num_tokens, corpus.num_documents)
     assert seen[-1].tokens_per_second > 0

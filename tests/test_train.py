@@ -1,5 +1,6 @@
 """Whole runs: exact resumption in a new process, folders, failures. Small models on the built-in text."""
 
+import errno
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from codistill import checkpoint
 from codistill.build import build
 from codistill.cli import main
 from codistill.errors import MachineError
+from codistill.files import locked
 from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.recipes import RECIPES, find
 from codistill.train import Stopped, train
@@ -139,6 +141,21 @@ def test_a_second_process_in_a_folder_is_refused(text, tmp_path):
     finally:
         holder.communicate(b"")
     train(run, out, fresh=True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_a_disk_without_locks_is_used_without(number, tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(tmp_path / ".lock", wait=False):
+        pass
+    number = errno.EIO
+    with pytest.raises(OSError, match=r"I/O error|Input/output"), locked(tmp_path / ".lock"):
+        pass
 
 
 def test_a_run_that_goes_on_is_not_finished(text, tmp_path):

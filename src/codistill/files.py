@@ -56,18 +56,26 @@ def write_file(file: Path, text: str) -> None:
 
 @contextmanager
 def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Inside, no other process is inside with the same `file`; raises BlockingIOError where one is and `wait` is off.
+    """Inside, no other process is inside with the same `file`; BlockingIOError where one is and `wait` is off."""
+    with file.open("a") as held:
+        take_lock(held.fileno(), wait=wait)
+        yield
 
-    Where the system has no such locks, nothing is locked. The lock goes with the process.
+
+def take_lock(descriptor: int, *, wait: bool) -> None:
+    """Locks an open file or folder against other processes until it is closed; raises BlockingIOError as `locked` does.
+
+    Where the system or the disk (a cluster's may) has no such locks, nothing is locked.
     """
     try:
         import fcntl
     except ImportError:
-        yield
         return
-    with file.open("a") as held:
-        fcntl.flock(held, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def machine_error(error: OSError | SafetensorError, place: Path) -> MachineError:

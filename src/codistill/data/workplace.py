@@ -1,6 +1,5 @@
 """Where a preparation works: a folder beside its goal, locked, kept when killed, moved into place when done."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from codistill.data.corpus import read_manifest
 from codistill.data.shards import write_atomically, writing
 from codistill.errors import UserError
+from codistill.files import take_lock
 
 
 def is_complete(out: Path, identity: str) -> bool:
@@ -50,7 +50,7 @@ def _locked(work: Path) -> int:
     while True:
         work.mkdir(parents=True, exist_ok=True)
         lock = os.open(work, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        take_lock(lock, wait=True)
         if work.exists() and os.path.samestat(os.stat(work), os.fstat(lock)):
             return lock
         os.close(lock)
