@@ -4,10 +4,12 @@ from pathlib import Path
 
 from codistill.errors import UserError
 
+LOCK = ".lock"  # held by the process that trains in a folder, and there before anything else
+
 
 def is_run_folder(folder: Path) -> bool:
     """Whether a run was begun in `folder`; a configuration alone, or beside other files, is somebody's own."""
-    return (folder / "run.yaml").is_file() and (folder / "checkpoints").is_dir()
+    return (folder / "run.yaml").is_file() and ((folder / LOCK).is_file() or (folder / "checkpoints").is_dir())
 
 
 def members_of(folder: Path) -> dict[str, Path]:

@@ -19,17 +19,17 @@ from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
 from codistill.files import atomic_folder, locked, machine_error, remove_folder, write_file
-from codistill.folders import is_run_folder
+from codistill.folders import LOCK, is_run_folder
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
 DETERMINING = ("data", "tokenizer", "members", "versions")
-_JOB, _LOCK = ".job", ".lock"
+_JOB = ".job"
 # What a run, its trackers, its report and a study's scores leave in its folder.
 _OWN = (
-    *("run.yaml", "run.before-*.yaml", _JOB, _LOCK, ".*.partial", ".*.removed"),
+    *("run.yaml", "run.before-*.yaml", _JOB, LOCK, ".*.partial", ".*.removed"),
     *("metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
     *("tensorboard", "wandb", ".wandb", ".trackio", ".mlflow", "scores", "agreement.json"),
 )
@@ -38,7 +38,7 @@ _OWN = (
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
     """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
     # The partial file alone is what a process left that was killed while it made the folder.
-    if not out.exists() or (out.is_dir() and {place.name for place in out.iterdir()} <= {".run.yaml.partial", _LOCK}):
+    if not out.exists() or (out.is_dir() and {place.name for place in out.iterdir()} <= {".run.yaml.partial", LOCK}):
         if resume:
             raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
         return
@@ -92,10 +92,10 @@ def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: boo
     """
     try:
         if fresh and out.exists():
-            with locked(out / _LOCK, wait=False):
+            with locked(out / LOCK, wait=False):
                 remove_folder(out)
         out.mkdir(parents=True, exist_ok=True)
-        held.enter_context(locked(out / _LOCK, wait=False))
+        held.enter_context(locked(out / LOCK, wait=False))
         if resume and first < run.steps:
             (out / "results.json").unlink(missing_ok=True)
             remove_folder(out / "members")

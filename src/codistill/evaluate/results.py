@@ -15,7 +15,7 @@ from typing import Any
 from codistill.errors import UserError
 from codistill.files import machine_error, write_file
 
-FORMAT = 2  # of a cell: raise it when what is computed changes, and old cells are computed anew
+FORMAT = 1  # of a cell: raise it when what is computed changes, and old cells are computed anew
 
 
 @dataclass

@@ -40,12 +40,12 @@ def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision
     """Loss, perplexity and accuracy of all the text together, and the loss of each source."""
     length = min(protocol.held_out_length, subject.positions)
     objective = "clm" if subject.is_causal else "mlm"
-    tokenizer = tokenizer_hash(subject.tokenizer)
+    how = {"tokens_a_row": length, "objective": objective, "tokenizer": tokenizer_hash(subject.tokenizer)}
     key = key_of(
         task="mlm",
         model=subject.content,
         text=[fingerprint(source) for name in text for source in find_sources([name])],
-        length=length,
+        scored_as=how,
         mask_rate=protocol.mask_rate,
         precision=str(precision),
         device=subject.model.device.type,
@@ -56,7 +56,7 @@ def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision
         for source in text:
             scores[source] = _score_text(subject, source, length, protocol, precision)
             progress(_TEXT_COST)
-        return [_summary(scores, {"tokens_a_row": length, "objective": objective, "tokenizer": tokenizer})]
+        return [_summary(scores, how)]
 
     return Job([Cell(subject.name, "mlm", None)], [key], _TEXT_COST * len(text), compute)
 
