@@ -435,10 +435,12 @@ def test_stopped_is_what_a_worker_that_was_stopped_means(means, tmp_path):
         (["ctcd", "--jobs", "-1"], "--jobs -1: at least one is needed"),
         (["ctcd", "--device", "foo"], "foo"),
         (["causal", "--seeds", "1"], "some of its arms are not trained yet, which needs text; give a folder with"),
-        (["causal", "--seeds", "1", "--data", "nowhere"], "nowhere: there is no text/*/train*.parquet"),
+        (["causal", "--seeds", "1", "--data", "nowhere"], "nowhere: there is no such folder"),
+        (["causal", "--seeds", "1", "--data", "docs"], "docs: there is no text/*/train*.parquet"),
     ],
 )
-def test_bad_input_is_one_line(arguments, message, tmp_path, capsys):
+def test_bad_input_is_one_line(arguments, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     with pytest.raises(SystemExit) as stopped:
         main(["study", *arguments, "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2
