@@ -21,7 +21,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """ " (did you mean NAME?)" of the nearest of `names`, or "" where none is near."""
+    """The nearest of `names` as words to end a sentence with; nothing where none is near."""
     close = get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
 

@@ -143,7 +143,8 @@ def changed(run: Run, out: Path | None, first: int) -> list[dict[str, Any]]:
     old = load(read_run(out / "run.yaml"))
     was, now = (_flat(_settings(one)) for one in (old, run))
     differing = {key: was.get(key) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)}
-    past = (old.provenance or {}).get("changed", [])
+    # A run that goes on from before a change computes what came after it anew, with the settings of now.
+    past = [part | {"from_step": min(part["from_step"], first)} for part in (old.provenance or {}).get("changed", [])]
     return [*past, {"from_step": first, "was": differing}] if differing and first else past
 
 

@@ -43,10 +43,14 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     if isinstance(names, str):
         names = [names]
     found = [source for name in names for source in _find(str(name))]
-    files = [os.path.realpath(source.name) if source.format in FORMATS.values() else source.name for source in found]
-    twice = next((source.name for number, source in enumerate(found) if files[number] in files[:number]), None)
-    if twice is not None:
-        raise UserError(f"data: {twice} is named twice, by itself or by a folder or glob that it lies in; name it once")
+    seen = set()
+    for source in found:
+        place = os.path.realpath(source.name) if source.format in FORMATS.values() else source.name
+        if place in seen:
+            raise UserError(
+                f"data: {source.name} is named twice, by itself or by a folder or glob that it lies in; name it once"
+            )
+        seen.add(place)
     if not found:
         raise UserError("data: no source was named; give files, folders, globs or builtin:python/train")
     return found

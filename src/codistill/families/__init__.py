@@ -70,9 +70,8 @@ def first_position(model: nn.Module) -> int:
 def local_window(model: nn.Module) -> int | None:
     """How far the local layers of a masked LM look to either side, where it has such layers beside global ones."""
     config = getattr(model, "config", None)
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()) or is_causal(
-        cast(PreTrainedModel, model)
-    ):
+    has_local = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    if not has_local or is_causal(cast(PreTrainedModel, model)):
         return None
     return cast(int | None, getattr(config, "sliding_window", None))
 
