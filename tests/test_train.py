@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,6 +187,23 @@ def test_what_a_resumption_changed_is_counted_and_told(text, tmp_path, capsys):
     again = train(recorded, tmp_path / "again")
     assert "changed on its way; this one has the last throughout" in capsys.readouterr().err
     assert "changed" not in load(read_run(again / "run.yaml")).provenance
+
+
+def test_what_was_changed_at_a_step_that_is_computed_anew_counts_from_there(text, tmp_path):
+    """The checkpoints after step 2 are lost: steps 3 and 4, once of 256 tokens, are computed with the 128 of now."""
+    run = small_run("standalone", text, "steps=4", "checkpoint.every=2", "checkpoint.keep=9")
+    out = train(run, tmp_path / "run")
+    other = load(override(to_dict(run), ["steps=8", "data.length=16"]))
+    with pytest.raises(Stopped):
+        train(other, out, resume=True, accept_changes=True, stop_at=6)
+    assert load(read_run(out / "run.yaml")).provenance["changed"][0]["from_step"] == 4
+    for folder in (out / "checkpoints").iterdir():
+        if not folder.name.endswith("2"):
+            shutil.rmtree(folder)
+    train(other, out, resume=True)
+    recorded = load(read_run(out / "run.yaml"))
+    assert recorded.provenance["changed"] == [{"from_step": 2, "was": {"data.length": 32, "steps": 4}}]
+    assert json.loads((out / "results.json").read_text())["tokens"] == 2 * 256 + 6 * 128
 
 
 def test_a_frozen_member_is_scored_once(text, teacher, tmp_path, monkeypatch):

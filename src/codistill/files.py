@@ -45,10 +45,13 @@ def remove_folder(place: Path) -> None:
         shutil.rmtree(aside)
 
 
-def write_file(file: Path, text: str) -> None:
-    """Writes `text` so that `file` holds either all of it or what it held before, whatever happens."""
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+def write_file(file: Path, content: str | bytes) -> None:
+    """Writes `content` so that `file` holds either all of it or what it held before, whatever happens.
+
+    Processes that write the same file at the same time do not disturb one another: the last one's content stays.
+    """
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     _flush(partial)
     partial.replace(file)
     _flush(file.parent)

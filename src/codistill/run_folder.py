@@ -37,8 +37,7 @@ _OWN = (
 
 def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
     """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
-    # The partial file alone is what a process left that was killed while it made the folder.
-    if not out.exists() or (out.is_dir() and {place.name for place in out.iterdir()} <= {".run.yaml.partial", LOCK}):
+    if not out.exists() or _is_hardly_begun(out):
         if resume:
             raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
         return
@@ -49,12 +48,20 @@ def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_chang
     if not resume:
         state = "a finished" if (out / "results.json").exists() else "an unfinished"
         raise UserError(f"{out} holds {state} run; --resume continues it, --fresh replaces it, --out goes elsewhere")
-    changes = _changed_settings(load(read_run(out / "run.yaml")), run)
+    changes = _differing(load(read_run(out / "run.yaml")), run)
     if changes and not accept_changes:
+        key, (was, now) = next(iter(changes.items()))
         raise UserError(
-            f"{out} holds another run: {changes[0]}; resume it as it is with `codistill train {out / 'run.yaml'} "
-            "--resume`, go on with the change with --accept-changes, or give another --out"
+            f"{out} holds another run: {key} was {was!r} and is now {now!r}; resume it as it is with "
+            f"`codistill train {out / 'run.yaml'} --resume`, go on with the change with "
+            "--accept-changes, or give another --out"
         )
+
+
+def _is_hardly_begun(out: Path) -> bool:
+    """Whether `out` is empty, or holds what a process left that was killed while it made the folder."""
+    left = (".run.yaml.*.partial", LOCK)
+    return out.is_dir() and all(any(place.match(name) for name in left) for place in out.iterdir())
 
 
 def _check_own(out: Path) -> None:
@@ -141,8 +148,7 @@ def changed(run: Run, out: Path | None, first: int) -> list[dict[str, Any]]:
     if out is None:
         return []
     old = load(read_run(out / "run.yaml"))
-    was, now = (_flat(_settings(one)) for one in (old, run))
-    differing = {key: was.get(key) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)}
+    differing = {key: was for key, (was, _) in _differing(old, run).items()}
     # A run that goes on from before a change computes what came after it anew, with the settings of now.
     past = [part | {"from_step": min(part["from_step"], first)} for part in (old.provenance or {}).get("changed", [])]
     return [*past, {"from_step": first, "was": differing}] if differing and first else past
@@ -223,13 +229,11 @@ def _settings(run: Run) -> dict[str, Any]:
     return to_dict(replace(run, provenance=None, distributed="auto", track=[]))
 
 
-def _changed_settings(old: Run, new: Run) -> list[str]:
+def _differing(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
+    """Every setting that is not the same in both, as it was and as it is; None where there is none."""
     was, now = (_flat(_settings(run)) for run in (old, new))
-    return [
-        f"{key} was {was.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
-    ]
+    keys = sorted(was.keys() | now.keys())
+    return {key: (was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)}
 
 
 def _difference(was: Any, now: Any) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 from codistill.data.encode import Block
 from codistill.data.sources import hash_file
 from codistill.errors import MachineError, UserError
+from codistill.files import write_file
 
 SHARD_TOKENS = 1 << 25
 
@@ -51,14 +52,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts a whole file in place, or nothing."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """Puts a whole file in place, or nothing; MachineError as in `writing`."""
     with writing(path):
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        write_file(path, content)
 
 
 def finished_shards(folder: Path, records: Path) -> list[Shard]:

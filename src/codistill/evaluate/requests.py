@@ -1,9 +1,8 @@
 """What is asked for on the command line: tasks and edges, by name."""
 
-import difflib
 from collections.abc import Sequence
 
-from codistill.errors import UserError
+from codistill.errors import UserError, did_you_mean
 from codistill.evaluate.finetune import Teaching
 from codistill.evaluate.tasks import GLUE
 
@@ -20,9 +19,8 @@ def parse_tasks(names: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         elif name in TASKS:
             known.append(name)
         elif name:
-            near = difflib.get_close_matches(name, TASKS, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)} and glue"
-            unknown[name] = f"there is no task {name!r} ({hint})"
+            hint = did_you_mean(name, TASKS) or f" (there are {', '.join(TASKS)} and glue)"
+            unknown[name] = f"there is no task {name!r}{hint}"
     if not known:
         raise UserError("--tasks: " + ("; ".join(unknown.values()) or f"name some of {', '.join(TASKS)} and glue"))
     return list(dict.fromkeys(known)), unknown

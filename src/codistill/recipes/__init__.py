@@ -1,12 +1,11 @@
 """Recipes: names for a method at a size, masked or (NAME-clm) causal. Every method is data for the same step."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from codistill.config import Run
-from codistill.errors import UserError
+from codistill.errors import UserError, did_you_mean
 from codistill.recipes import methods
 from codistill.recipes.sizes import CAUSAL_SIZES, SIZES, Size, command_for_teacher, teacher_path
 
@@ -42,8 +41,7 @@ def find(name: str) -> Run:
     """The `Run` of `RECIPE` or `RECIPE:SIZE` (tiny where no size is given); raises UserError with the nearest name."""
     recipe, _, size = name.partition(":")
     if recipe not in RECIPES:
-        close = difflib.get_close_matches(recipe, RECIPES, n=1, cutoff=0.4)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = did_you_mean(recipe, RECIPES)
         raise UserError(f"there is no recipe or file {name!r}{hint}; `codistill recipes` lists the recipes")
     sizes = CAUSAL_SIZES if recipe in _CAUSAL else SIZES
     if size and size not in sizes:

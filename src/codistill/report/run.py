@@ -96,12 +96,20 @@ def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[st
         name,
         "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody",
         f"{member['parameters'] / 1e6:.2f} M",
-        f"{member['loss']:.3f}",
-        "too large" if member["perplexity"] is None else f"{member['perplexity']:.1f}",
-        f"{member['accuracy']:.1%}",
+        *scores_of(member),
     ]
-    difference = f"{member['loss'] - twin['loss']:+.3f}" if twin else ""
-    return [*row, difference] if has_twins else row
+    return [*row, versus(member, twin)] if has_twins else row
+
+
+def scores_of(member: Mapping[str, Any]) -> list[str]:
+    """A member's held-out loss, perplexity and accuracy as the cells of a table."""
+    perplexity = "too large" if member["perplexity"] is None else f"{member['perplexity']:.1f}"
+    return [f"{member['loss']:.3f}", perplexity, f"{member['accuracy']:.1%}"]
+
+
+def versus(member: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
+    """A taught member's loss less its twin's, which nobody taught; empty without such a twin."""
+    return "" if twin is None else f"{member['loss'] - twin['loss']:+.3f}"
 
 
 def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:

@@ -8,7 +8,7 @@ from typing import Any
 from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
 from codistill.errors import UserError
 from codistill.loading import to_yaml
-from codistill.report.run import curves_figure, read_results, untaught_twins
+from codistill.report.run import curves_figure, read_results, scores_of, untaught_twins, versus
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
 from codistill.study.page import study_blocks
@@ -47,7 +47,7 @@ def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
     members, alone = results["members"], untaught_twins(results["members"])
     head += ["loss vs. alone"] if alone else []
     rows = [
-        _member(name, member) + ([_versus(member, members.get(alone.get(name, "")))] if alone else [])
+        _member(name, member) + ([versus(member, members.get(alone.get(name, "")))] if alone else [])
         for name, member in members.items()
     ]
     name = folder.resolve().name
@@ -60,19 +60,12 @@ def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
     ]
 
 
-def _versus(member: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
-    """A taught member's loss less its twin's, which nobody taught."""
-    return "" if twin is None else f"{member['loss'] - twin['loss']:+.3f}"
-
-
 def _member(name: str, member: Mapping[str, Any]) -> list[str]:
     flops = member.get("flops", {"own": None, "teachers": 0})
     cost = "not counted" if flops["own"] is None else f"{sum(flops.values()):.3g}"
     teachers = f" ({flops['teachers']:.2g})" if flops["teachers"] else ""
     taught = "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody"
-    perplexity = "too large" if member["perplexity"] is None else f"{member['perplexity']:.1f}"
-    scores = [f"{member['loss']:.3f}", perplexity, f"{member['accuracy']:.1%}"]
-    return [name, taught, f"{member['parameters'] / 1e6:.2f} M", cost + teachers, *scores]
+    return [name, taught, f"{member['parameters'] / 1e6:.2f} M", cost + teachers, *scores_of(member)]
 
 
 # ---- a study -------------------------------------------------------------------------------------
