@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from codistill.build import build
 from codistill.train import train
@@ -41,6 +41,17 @@ def test_a_frozen_teacher_is_paid_for_while_it_teaches(text, teacher, tmp_path):
     assert flops["weak"]["own"] == flops["large"]["teachers"] == always["large"]["teachers"] * 5 // 20
     assert flops["large"]["own"] == always["large"]["own"]
     assert seconds["weak"] < seconds["large"]
+
+
+def test_a_frozen_teacher_of_states_alone_has_no_product_with_its_output_embedding(text, teacher, tmp_path):
+    states = "distillation.0.kind=hidden"
+    out = train(with_teachers("dwt", text, teacher, states, "steps=4"), tmp_path / "run")
+    whole = of_members(train(with_teachers("dwt", text, teacher, "steps=4"), tmp_path / "whole"))
+    model = AutoModelForMaskedLM.from_pretrained(out / "members" / "weak")
+    rows = 8 * 10  # of each of 8 sequences of 32 tokens, 30 % are predicted
+    head = 2 * model.config.hidden_size * model.config.vocab_size * rows
+    for name, part in (("weak", "own"), ("large", "teachers")):
+        assert whole[name][part] - of_members(out)[name][part] == 4 * head
 
 
 def test_peers_pay_for_themselves(text, tmp_path):

@@ -3,7 +3,7 @@
 Both are found by running it on fake tensors, which have shapes and types and no numbers, so no family needs a formula.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from codistill import schedules
-from codistill.config import ModelConfig, Run
+from codistill.config import DistillationConfig, ModelConfig, Run
 from codistill.members import Predictor, new_model
 
 Shape = tuple[int, ...]
@@ -79,20 +79,23 @@ def head_flops(width: int, vocabulary: int, rows: int) -> int:
     return 2 * width * vocabulary * rows
 
 
-def pass_flops(model: PreTrainedModel, *, sequences: int, length: int, rows: int) -> int:
-    """Of one forward pass with its product with the output embedding; training takes three times as many."""
+def pass_flops(model: PreTrainedModel, *, sequences: int, length: int, rows: int) -> tuple[int, int]:
+    """Of one forward pass up to the features, and of their product with the output embedding.
+
+    Training takes three times as many of each.
+    """
     vocabulary = model.config.vocab_size
     cost = forward_cost(
         model, vocabulary=vocabulary, sequences=sequences, length=length, rows=rows, precision=torch.float32
     )
-    return cost.flops + head_flops(cost.width, vocabulary, rows)
+    return cost.flops, head_flops(cost.width, vocabulary, rows)
 
 
 def shape_flops(config: ModelConfig, *, vocabulary: int, sequences: int, length: int, rows: int) -> int:
-    """`pass_flops` of a model that does not exist yet."""
+    """Of one forward pass of a model that does not exist yet, with its product with the output embedding."""
     with torch.device("meta"):
         model = new_model(config, vocabulary=vocabulary, length=length, tokenizer=None, seed=0, name="")
-    return pass_flops(model, sequences=sequences, length=length, rows=rows)
+    return sum(pass_flops(model, sequences=sequences, length=length, rows=rows))
 
 
 def member_flops(
@@ -101,25 +104,32 @@ def member_flops(
     """For each member what its own passes took in `steps` steps with `rows` predicted rows each, and, as `teachers`,
     those of the frozen members that taught it, in the steps in which their edges weighed something.
 
-    A frozen teacher of two students counts in full for both: each would have to pay for it alone. A trained teacher's
-    passes are its own. Not counted: recomputed activations, losses below the logits, held-out scores, reading a cache.
+    A frozen teacher of two students counts in full for both: each would have to pay for it alone; one whose logits
+    teach nobody goes as far as its features. A trained teacher's passes are its own. Not counted: recomputed
+    activations, losses below the logits, held-out scores, reading a cache.
     """
     once = {
         name: pass_flops(model, sequences=run.batch.sequences, length=run.data.length, rows=rows)
         for name, model in models.items()
     }
+
+    def teaching(teacher: str, students: Collection[str]) -> int:
+        edges = [e for e in run.distillation if e.teacher == teacher and e.student in students]
+        body, head = once[teacher]
+        return body * _steps_taught(run, steps, edges) + head * _steps_taught(
+            run, steps, [e for e in edges if e.kind == "logits"]
+        )
+
     found = {}
     for name, member in run.members.items():
-        passes = _steps_taught(run, steps, name) if member.frozen else 3 * steps
-        frozen = [e.teacher for e in run.distillation if e.student == name and run.members[e.teacher].frozen]
-        taught = {teacher: _steps_taught(run, steps, teacher, name) for teacher in frozen}
-        found[name] = {"own": passes * once[name], "teachers": sum(n * once[t] for t, n in taught.items())}
+        own = teaching(name, run.members) if member.frozen else 3 * steps * sum(once[name])
+        frozen = {e.teacher for e in run.distillation if e.student == name and run.members[e.teacher].frozen}
+        found[name] = {"own": own, "teachers": sum(teaching(teacher, [name]) for teacher in frozen)}
     return found
 
 
-def _steps_taught(run: Run, steps: int, teacher: str, student: str | None = None) -> int:
-    """In how many steps `teacher` is run to teach `student` (None: anybody)."""
-    edges = [e for e in run.distillation if e.teacher == teacher and student in (None, e.student)]
+def _steps_taught(run: Run, steps: int, edges: Iterable[DistillationConfig]) -> int:
+    """In how many steps some of `edges` weighs something, and its teacher is run and not read from a cache."""
     weights = [schedules.build(e.weight, run.steps) for e in edges if run.members[e.teacher].cached is None]
     return sum(any(weight(step) for weight in weights) for step in range(steps))
 

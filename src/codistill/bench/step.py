@@ -113,7 +113,7 @@ def step_flops(run: Run, models: Mapping[str, PreTrainedModel], micro_batches: S
             continue
         for batch in micro_batches:
             sequences, length = batch.inputs["input_ids"].shape
-            once = pass_flops(models[name], sequences=sequences, length=length, rows=len(batch.labels_N))
+            once = sum(pass_flops(models[name], sequences=sequences, length=length, rows=len(batch.labels_N)))
             total += (1 if member.frozen else 3) * once
     return total
 
