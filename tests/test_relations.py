@@ -12,11 +12,13 @@ from torch.optim import SGD, AdamW
 
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import Layers
+from codistill.data.packing import document_mask
+from codistill.data.tokenizers import Vocabulary
 from codistill.distributed import Ranks, start
 from codistill.errors import UserError
 from codistill.loading import load, parse_yaml, to_dict, to_yaml
 from codistill.members import Predictor, new_model
-from codistill.objectives import Batch
+from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.relations import hidden_error, relation_kl
 from codistill.schedules import constant
 from codistill.train import Stopped, train
@@ -262,6 +264,33 @@ def test_relations_of_causal_models_see_nothing_later_and_no_other_document(begi
     with torch.enable_grad():
         metrics = cohort.gradients(0, given)
     assert metrics["small/relation_from_large"].item() == pytest.approx(expected / (2 * LENGTH), rel=1e-3)
+
+
+@pytest.mark.parametrize(("objective", "family"), [(CausalLM(), "llama"), (MaskedLM(0.3), "bert")])
+def test_padding_that_no_mask_names_does_not_count(objective, family):
+    """The rows of a padded batch, each alone and cut to its length, give the same losses by position."""
+    draw, lengths_B = np.random.default_rng(0), np.array([LENGTH, 9, 4])
+    ids_BT = draw.integers(5, VOCABULARY, (3, LENGTH))
+    positions_BT = np.arange(LENGTH) - np.where(np.arange(LENGTH) < lengths_B[:, None], 0, lengths_B[:, None])
+    # Masked models are told of documents, of which the padding is one; causal ones of nothing.
+    inputs = {"position_ids": positions_BT, "attention_mask": document_mask(positions_BT)}
+    inputs = inputs if objective.looks_ahead else {}
+    key_B, vocabulary = (
+        np.arange(3, dtype=np.uint64),
+        Vocabulary(VOCABULARY, 2, 3, 0, 4, *[np.zeros(VOCABULARY, bool)] * 3),
+    )
+    given = objective.batch(ids_BT, lengths_B, key_B, vocabulary, inputs)
+    cohort = pair([HIDDEN, RELATION], family)
+    whole = cohort.gradients(0, given)
+    expected = dict.fromkeys(("small/hidden_from_large", "small/relation_from_large"), 0.0)
+    for row, length in enumerate(lengths_B):
+        alone = Batch(
+            {"input_ids": given.inputs["input_ids"][row : row + 1, :length]}, torch.tensor([0]), torch.tensor([7])
+        )
+        for name, loss in cohort.gradients(0, alone).items():
+            if name in expected:
+                expected[name] += loss.item() * length / lengths_B.sum()
+    assert {name: whole[name].item() for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_mask_that_is_added_says_the_same_as_one_of_booleans():

@@ -34,7 +34,8 @@ class Batch:
     flattened (B · T) positions; `labels_N`: int64 token ids (of whole texts: classes, or float32 numbers);
     `row_weight_N`: float32, 0 for a slot that a short sequence leaves unfilled (None: all 1); `sample_ids`: which rows
     of the data these are, for error messages; `cached`: by member, what a teacher said about the rows when it was run:
-    features (N, D), or sparse logits.
+    features (N, D), or sparse logits; `lengths_B`: int64, the positions of each sequence that are not padding, where
+    some are and no `attention_mask` (B, T) among the inputs says which.
     """
 
     inputs: Mapping[str, Tensor]
@@ -43,6 +44,7 @@ class Batch:
     row_weight_N: Tensor | None = None
     sample_ids: tuple[int, ...] = ()
     cached: Mapping[str, Tensor | SparseLogits] = field(default_factory=dict)
+    lengths_B: Tensor | None = None
 
     @classmethod
     def from_labels(cls, given: Mapping[str, Tensor], *, causal: bool = False) -> Batch:
@@ -63,12 +65,17 @@ class Batch:
         """This batch with its tensors on `device`; from pinned memory the copies do not wait."""
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
         weight = None if self.row_weight_N is None else move(self.row_weight_N)
+        lengths = None if self.lengths_B is None else move(self.lengths_B)
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
         cached = {
             name: move(given) if isinstance(given, Tensor) else type(given)(*map(move, given))
             for name, given in self.cached.items()
         }
-        return Batch(inputs, move(self.rows_N), move(self.labels_N), weight, self.sample_ids, cached)
+        return Batch(inputs, move(self.rows_N), move(self.labels_N), weight, self.sample_ids, cached, lengths)
+
+
+def _lengths(lengths_B: np.ndarray, length: int) -> Tensor | None:
+    return torch.from_numpy(lengths_B.astype(np.int64)) if (lengths_B < length).any() else None
 
 
 def _labels(given: Mapping[str, Tensor]) -> Tensor:
@@ -131,6 +138,7 @@ class MaskedLM:
             labels_N=torch.from_numpy(labels_BK.reshape(-1)),
             row_weight_N=torch.from_numpy(filled_BK.reshape(-1).astype(np.float32)),
             sample_ids=sample_ids,
+            lengths_B=_lengths(lengths_B, ids_BT.shape[1]),
         )
 
     def _choose(
@@ -196,6 +204,7 @@ class CausalLM:
             labels_N=torch.from_numpy(ids_BT[:, 1:].reshape(-1)),
             row_weight_N=torch.from_numpy(filled_BK.reshape(-1).astype(np.float32)),
             sample_ids=sample_ids,
+            lengths_B=_lengths(lengths_B, ids_BT.shape[1]),
         )
 
 

@@ -165,6 +165,8 @@ def _seen(batch: Batch) -> tuple[Tensor, Tensor]:
     """(which positions see which, bool, broadcast to (B, 1, T, T); 1 for each that is not padding, float32 (B, T))."""
     ids_BT, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
     valid_BT = torch.ones(ids_BT.shape, device=ids_BT.device)
+    if batch.lengths_B is not None:
+        valid_BT *= torch.arange(ids_BT.shape[1], device=ids_BT.device) < batch.lengths_B[:, None]
     if mask is None:
         return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=ids_BT.device), valid_BT
     if mask.dim() == 2:
