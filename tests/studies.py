@@ -41,7 +41,6 @@ STUDY = Study(
     question="Does it work?",
     arms=arms,
     contrasts=[Contrast("taught − alone", "taught/large", "alone/large")],
-    alone=["alone/large"],
     curves=["alone/large", "taught/large"],
     seeds=2,
     along=True,

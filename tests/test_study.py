@@ -181,7 +181,7 @@ def test_every_cohort_of_every_study_is_a_valid_run(name, scale):
     known = {f"{arm.name}/{role}" for arm in every for role in arm.run.trained}
     for wanted in study.contrasts:
         assert {wanted.treated, wanted.control} <= known
-    assert {*study.alone, *study.curves} <= known
+    assert {*study.curves} <= known
     for group in grouped(every, SCALES[scale].most_members):
         needed = [of for arm in group for of in [*arm.taught_by.values(), *arm.begun_from.values()]]
         run = merged(group, TEXT, dict.fromkeys(needed, "folder"))
@@ -203,7 +203,7 @@ def test_a_teacher_that_is_no_arm_is_one_line():
 def made_up(arm: str, seed: int, loss: float, blimp: float | None = None, failed: str = "") -> dict:
     member = {
         "loss": loss, "accuracy": 0.1, "parameters": 10, "flops": {"own": 6, "teachers": 2}, "seconds": 1.0,
-        "teachers": [], "curve": [[50, loss + 1], [100, loss]],
+        "teachers": ["guide"] if arm == "taught" else [], "curve": [[50, loss + 1], [100, loss]],
         "blimp": None if blimp is None else {"score": blimp, "pairs": 100},
     }  # fmt: skip
     return {
@@ -253,11 +253,20 @@ def test_seeds_are_paired_and_a_failed_cell_is_empty_with_its_reason():
     ]
 
 
-def test_a_model_on_the_plateau_is_named():
-    cells = [made_up("alone", 0, 5.6), made_up("alone", 1, 5.4)]
+def test_a_stand_alone_model_on_the_plateau_is_named_a_teacher_too():
+    """1.5 nats below the unigram loss of 7 is 5.5; `taught` has a teacher, so it says nothing of the text alone."""
+    cells = [made_up("alone", 0, 5.6), made_up("alone", 1, 5.4), made_up("taught", 0, 6.0), made_up("guide", 0, 6.5)]
     found = analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["on_the_plateau"]
-    assert [(f["member"], f["seed"]) for f in found] == [("alone/large", 0)]
-    assert found[0]["below"] == pytest.approx(1.4)
+    assert [(f["member"], f["seed"]) for f in found] == [("alone/large", 0), ("guide/large", 0)]
+    assert [f["below"] for f in found] == pytest.approx([1.4, 0.5])
+
+
+def test_a_contrast_whose_arm_failed_everywhere_has_an_empty_row():
+    cells = [made_up("alone", 0, 5.0), made_up("taught", 0, 0.0, failed="a loss that is not finite")]
+    (found,) = [
+        c for c in analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["contrasts"] if "taught" in c["treated"]
+    ]
+    assert (found["loss"]["seeds"], found["loss"]["mean"], found["loss"]["verdict"]) == (0, None, "not known")
 
 
 # ---- running, failing, stopping: with a worker that only pretends ---------------------------------

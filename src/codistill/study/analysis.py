@@ -50,9 +50,9 @@ def _regime(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
         "passes": _range(cell["passes"] for cell in done),
         "unigram_loss": float(np.mean([cell["unigram_loss"] for cell in done])) if done else None,
         "rows": {name: _row(of) for name, of in by.items()},
-        "contrasts": [found for c in study.contrasts if (found := contrast(c, by)) is not None],
+        "contrasts": [contrast(c, by) for c in study.contrasts if _is_asked(c, cells)],
         "along": _along(study, by) if study.along else [],
-        "on_the_plateau": _on_the_plateau(study, by),
+        "on_the_plateau": _on_the_plateau(by),
     }
 
 
@@ -110,14 +110,15 @@ def _spread(values: Iterable[float | None]) -> dict[str, float | None]:
     }
 
 
-def contrast(wanted: Contrast, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any] | None:
-    """Treated − control over the seeds that both have: mean, 95 % Student-t interval over seeds, and what that shows.
+def _is_asked(wanted: Contrast, cells: Sequence[Cell]) -> bool:
+    """Whether both sides have cells in this regime, if only failed ones."""
+    arms = {cell["arm"] for cell in cells}
+    return {name.rpartition("/")[0] for name in (wanted.treated, wanted.control)} <= arms
 
-    None where no cell of either was asked for in this regime.
-    """
-    treated, control = by.get(wanted.treated), by.get(wanted.control)
-    if treated is None or control is None:
-        return None
+
+def contrast(wanted: Contrast, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Treated − control over the seeds that both have: mean, 95 % Student-t interval over seeds, what that shows."""
+    treated, control = by.get(wanted.treated, {}), by.get(wanted.control, {})
     seeds = sorted(treated.keys() & control.keys())
     found: dict[str, Any] = {"label": wanted.label, "treated": wanted.treated, "control": wanted.control}
     for metric in METRICS:
@@ -166,11 +167,13 @@ def _verdict(values: Sequence[float], interval: tuple[float, float] | None) -> s
     return "lower" if high < 0 else "higher" if low > 0 else "not shown"
 
 
-def _on_the_plateau(study: Study, by: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
-    """Stand-alone models that ended less than `BELOW_UNIGRAM` below the unigram loss of what they were scored on."""
+def _on_the_plateau(by: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
+    """Stand-alone models, teachers' own runs among them, that ended less than `BELOW_UNIGRAM` below the unigram loss of
+    what they were scored on."""
+    with_edges = {name.rpartition("/")[0] for name, of in by.items() if any(m["teachers"] for m in of.values())}
     found = []
-    for name in study.alone:
-        for seed, member in sorted(by.get(name, {}).items()):
+    for name, of in by.items():
+        for seed, member in sorted(of.items()) if name.rpartition("/")[0] not in with_edges else ():
             below = member["unigram_loss"] - member["loss"]
             if below < BELOW_UNIGRAM:
                 found.append({"member": name, "seed": seed, "below": below})

@@ -26,16 +26,14 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Study:
-    """`arms`: of one seed, for a scale. `alone`: "ARM/ROLE" of stand-alone models, which must end 1.5 nats below the
-    unigram loss for the study to say anything. `curves`: those whose learning curves are drawn. `along`: contrasts of
-    the loss are told along training too, and not only at its end. `over_passes`: drawn over the passes too.
+    """`arms`: of one seed, for a scale. `curves`: "ARM/ROLE" of those whose learning curves are drawn. `along`:
+    contrasts of the loss are told along training too, not only at its end. `over_passes`: drawn over the passes too.
     """
 
     name: str
     question: str
     arms: Callable[[Scale, int], list[Arm]]
     contrasts: Sequence[Contrast]
-    alone: Sequence[str]
     curves: Sequence[str]
     seeds: int = 3
     along: bool = False

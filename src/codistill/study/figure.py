@@ -27,11 +27,11 @@ def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> 
 
     regimes = list(found["regimes"])
     rows = max((len(of["contrasts"]) for of in found["regimes"].values()), default=0)
-    heights = [3.2, 0.6 + 0.27 * rows, *([3.6] if study.over_passes else [])]
+    heights = [3.2, 0.75 + 0.27 * rows, *([3.6] if study.over_passes else [])]
     figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-    above: Any = parts[0].subplots(1, max(1, len(regimes)), squeeze=False)[0]
-    below: Any = parts[1].subplots(1, max(1, len(regimes)), squeeze=False)[0]
+    above: Any = parts[0].subplots(1, max(1, len(regimes)), squeeze=False, sharey=True)[0]
+    below: Any = parts[1].subplots(1, max(1, len(regimes)), squeeze=False, sharex=True)[0]
     for column, regime in enumerate(regimes):
         draw_curves(above[column], study, [c for c in cells if c["regime"] == regime])
         above[column].set_title(regime, fontsize=10)
@@ -41,27 +41,33 @@ def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> 
     return figure
 
 
+_NOT_SHOWN = "#888888"
+
+
 def draw_over_passes(axes: Any, found: Mapping[str, Any]) -> None:
     """Each difference of the loss, with its 95 % interval, over the passes of the regimes at equal steps."""
-    lines: dict[str, list[tuple[float, float, float]]] = {}
+    lines: dict[str, list[tuple[float, float, float, bool]]] = {}
     for of in found["regimes"].values():
         for c in of["contrasts"]:
             if c["loss"]["interval"] is not None:
                 half = (c["loss"]["interval"][1] - c["loss"]["interval"][0]) / 2
-                lines.setdefault(c["label"], []).append((max(of["passes"]), c["loss"]["mean"], half))
+                is_shown = c["loss"]["verdict"] != "not shown"
+                lines.setdefault(c["label"], []).append((max(of["passes"]), c["loss"]["mean"], half, is_shown))
     for number, (label, points) in enumerate(lines.items()):
-        x, y, half = (np.array(values) for values in zip(*sorted(points), strict=True))
-        axes.errorbar(
-            np.maximum(x, 1) * (1 + 0.02 * number), y, half, marker="o", markersize=4, linewidth=1.2, capsize=2,
-            color=COLOURS[number % len(COLOURS)], label=label,
-        )  # fmt: skip
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot([], [], color=colour, label=label)
+        for often, mean, half, is_shown in sorted(points):
+            axes.errorbar(
+                max(often, 1) * 1.06**number, mean, half, marker="o", markersize=4, linewidth=1.2, capsize=2,
+                color=colour, markerfacecolor=colour if is_shown else "white",
+            )  # fmt: skip
     axes.axhline(0, color="black", linewidth=0.7)
-    passes = sorted({max(1, round(x)) for points in lines.values() for x, _, _ in points})
+    passes = sorted({max(1, round(x)) for points in lines.values() for x, *_ in points})
     axes.set_xscale("log")
     axes.set_xticks(passes, [str(often) for often in passes])
     axes.minorticks_off()
     axes.set_xlabel("passes over the text at equal steps (1: less than one)", fontsize=8)
-    axes.set_ylabel("difference of the held-out loss (nats)", fontsize=8)
+    axes.set_ylabel("difference of the held-out loss (nats)\n95 % interval over seeds; filled: excludes 0", fontsize=8)
     _plain(axes)
     if lines:  # above the intervals, which reach everywhere
         axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
@@ -123,28 +129,31 @@ def draw_curves(axes: Any, study: Study, cells: Sequence[Cell]) -> None:
         axes.plot(tokens, mean, color=colour, linewidth=1.4, label=name)
         axes.fill_between(tokens, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
     axes.set_xlabel("training tokens (millions)", fontsize=8)
-    axes.set_ylabel("held-out loss (nats)", fontsize=8)
+    axes.set_ylabel("held-out loss (nats), mean ± 1 sd of seeds", fontsize=8)
+    axes.tick_params(labelleft=True)
     _plain(axes)
     if axes.has_data():
         axes.legend(frameon=False, fontsize=7)
 
 
 def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], named: bool) -> None:
-    """Differences of the loss with 95 % intervals; filled where the interval excludes 0."""
+    """Differences of the loss with 95 % intervals, black and filled where the interval excludes 0; in brackets how many
+    seeds."""
     for row, c in enumerate(contrasts):
         of = c["loss"]
         if of["mean"] is None:
             continue
         is_shown = of["verdict"] in ("lower", "higher")
-        colour = COLOURS[2] if of["mean"] < 0 else COLOURS[1]
-        colour = colour if is_shown else "#888888"
+        colour = "black" if is_shown else _NOT_SHOWN
         if of["interval"] is not None:
             axes.plot(of["interval"], [row, row], color=colour, linewidth=1.5)
         axes.plot([of["mean"]], [row], "o", color=colour, markersize=5, markerfacecolor=colour if is_shown else "white")
     axes.axvline(0, color="black", linewidth=0.7)
-    axes.set_yticks(range(len(contrasts)), [c["label"] for c in contrasts] if named else [""] * len(contrasts))
+    names = [f"{c['label']} ({c['loss']['seeds']})" for c in contrasts]
+    axes.set_yticks(range(len(contrasts)), names if named else [""] * len(contrasts))
     axes.set_ylim(len(contrasts) - 0.5, -0.5)
-    axes.set_xlabel("difference of the held-out loss (nats; below 0 is better)", fontsize=8)
+    words = "difference of the held-out loss (nats; below 0 is better)\n95 % interval over seeds; black: excludes 0"
+    axes.set_xlabel(words, fontsize=8)
     _plain(axes)
 
 

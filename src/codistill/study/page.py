@@ -1,6 +1,6 @@
 """A study's numbers as a page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codistill.blocks import Block, Heading, Table, Text
@@ -52,12 +52,21 @@ def _warnings(regime: str, of: Mapping[str, Any]) -> list[Block]:
     more = max(of["passes"], default=0)
     again: list[Block] = [Text(f"The text is too short for one pass: it was seen {more:.3g} times.", important=True)]
     return (again if regime == ONE_PASS and more > 1 else []) + [
-        Text(
-            f"On the plateau: {w['member']}, seed {w['seed']}, ended only {w['below']:.2f} nats below the unigram.",
-            important=True,
-        )
-        for w in of["on_the_plateau"]
+        Text(f"On the plateau: {name}, {_how_far(below)}.", important=True)
+        for name, below in _by_name(of["on_the_plateau"]).items()
     ]
+
+
+def _by_name(warnings: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    for of in warnings:
+        found.setdefault(of["member"], {})[of["seed"]] = of["below"]
+    return found
+
+
+def _how_far(below: Mapping[int, float]) -> str:
+    seeds = f"seed{'s' if len(below) > 1 else ''} {', '.join(map(str, below))}"
+    return f"{seeds}, ended only {_span(sorted(below.values()), '.2f')} nats below the unigram"
 
 
 def contrasts_table(of: Mapping[str, Any]) -> Table:
@@ -70,15 +79,19 @@ def contrasts_table(of: Mapping[str, Any]) -> Table:
 
 
 def _contrast(c: Mapping[str, Any], has_glue: bool) -> list[str]:
-    glue = _difference(c["glue"], 2) if has_glue else []
-    return [c["label"], str(c["loss"]["seeds"]), *_difference(c["loss"], 3), *_difference(c["blimp"], 2), *glue]
+    seeds = c["loss"]["seeds"]
+    of = [_difference(c["loss"], 3, seeds), _difference(c["blimp"], 2, seeds)]
+    of += [_difference(c["glue"], 2, seeds)] if has_glue else []
+    return [c["label"], str(seeds), *(cell for cells in of for cell in cells)]
 
 
-def _difference(of: Mapping[str, Any], digits: int) -> list[str]:
+def _difference(of: Mapping[str, Any], digits: int, seeds: int) -> list[str]:
+    """Mean, interval and verdict of a score that not all of the row's `seeds` may have."""
     if of["mean"] is None:
         return ["", "", of["verdict"]]
     interval = "" if of["interval"] is None else f"[{of['interval'][0]:+.{digits}f}, {of['interval'][1]:+.{digits}f}]"
-    return [f"{of['mean']:+.{digits}f}", interval, of["verdict"]]
+    fewer = f" ({of['seeds']} seeds)" if of["seeds"] != seeds else ""
+    return [f"{of['mean']:+.{digits}f}", interval + fewer, of["verdict"]]
 
 
 def rows_table(of: Mapping[str, Any]) -> Table:

@@ -59,7 +59,6 @@ CAUSAL = Study(
         Contrast("small: ctcd − alone", "ctcd/small", "alone-small/small"),
         Contrast("small: ctcd − large alone", "ctcd/small", "alone-large/large"),
     ],
-    alone=["alone-large/large", "alone-small/small"],
     curves=["alone-large/large", "dwt-weak/large", "inherit-weak/large", "ctcd/large", "ctcd/small"],
     seeds=SEEDS_FOR_A_HEADLINE,
     along=True,

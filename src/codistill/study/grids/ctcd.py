@@ -113,7 +113,6 @@ CTCD = Study(
         Contrast("large: both ways − alone at the pair's FLOPs", "both/large", "longer-large/large"),
         Contrast("small: both ways − alone at the pair's FLOPs", "both/small", "longer-small/small"),
     ],
-    alone=["alone-large/large", "alone-small/small", "longer-large/large", "longer-small/small"],
     curves=["alone-large/large", "alone-small/small", "both/large", "both/small"],
     seeds=SEEDS_FOR_A_HEADLINE,
     along=True,
@@ -158,7 +157,6 @@ COMBINED = Study(
         Contrast("deep-thin: co-distilled − alone", "both-deep-thin/small", "alone-deep-thin/small"),
         Contrast("alone: deep-thin − plain", "alone-deep-thin/small", "alone-small/small"),
     ],
-    alone=["alone-large/large", "alone-small/small", "alone-deep-thin/small"],
     curves=["alone-small/small", "offline/small", "both/small", "offline-deep-thin/small", "both-deep-thin/small"],
 )
 

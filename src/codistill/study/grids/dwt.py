@@ -69,7 +69,6 @@ TEACHER_QUALITY = Study(
         Contrast("label smoothing, weight 1 − alone", "smoothing/large", ALONE),
         Contrast("label smoothing, weight 0.1 − alone", "smoothing-tenth/large", ALONE),
     ],
-    alone=[ALONE],
     curves=[ALONE, "dwt-weak/large", "dwt-very-weak/large", "dwt-extremely-weak/large", "smoothing/large"],
 )
 
@@ -110,7 +109,6 @@ SOFT_WEIGHT = Study(
         Contrast("weight 4 → 1 − weight 1", "dwt-4-to-1/large", "dwt-weak/large"),
         Contrast("weight 1 → 0 − weight 1", "dwt-1-to-0/large", "dwt-weak/large"),
     ],
-    alone=[ALONE],
     curves=[ALONE, "dwt-weak/large", "dwt-4/large", "dwt-4-to-1/large", "dwt-1-to-0/large"],
     along=True,
 )
@@ -144,7 +142,6 @@ TEMPERATURE = Study(
         for name in ("very-weak", "extremely-weak")
         for t in _TEMPERATURES
     ],
-    alone=[ALONE],
     curves=[ALONE, *(f"{_heat('extremely-weak', t)}/large" for t in _TEMPERATURES)],
 )
 
@@ -223,7 +220,6 @@ REMAPPING = Study(
         ),
         Contrast("random: half rate − whole", "random-low/large", ALONE),
     ],
-    alone=[ALONE, "random-low/large"],
     curves=[ALONE, "dwt-weak/large", "repeat-last/large", "dwt-repeat-last/large", "stack/large", "replicate/large"],
 )
 

@@ -38,7 +38,6 @@ WHEN_IT_PAYS = Study(
         for role in roles
         for weight in _WEIGHTS
     ],
-    alone=["alone-large/large", "alone-small/small"],
     over_passes=True,
     along=True,
     curves=["alone-large/large", "dwt-weak/large", "both/large", "alone-small/small", "both/small"],
