@@ -9,13 +9,22 @@ import torch
 
 from codistill.cli import main
 from codistill.data.corpus import FORMAT
-from codistill.findings import FINDINGS, LARGE_OF_A_PAIR, SMALL_OF_A_PAIR, WEAK_TEACHER, Finding, advice
+from codistill.findings import (
+    FINDINGS,
+    LARGE_OF_A_PAIR,
+    SMALL_OF_A_PAIR,
+    TOO_WEAK_TEACHER,
+    WEAK_TEACHER,
+    Finding,
+    advice,
+)
 from codistill.plan import plan
 from codistill.recipes import find
 
 STUDIES = Path(__file__).parents[1] / "studies"
 LABELS = {
     ("when-it-pays", WEAK_TEACHER): "large: DWT, weight 1 − alone",
+    ("dwt-teacher-quality", TOO_WEAK_TEACHER): "extremely-weak teacher − alone",
     ("when-it-pays", LARGE_OF_A_PAIR): "large: CTCD, weight 1 − alone",
     ("when-it-pays", SMALL_OF_A_PAIR): "small: CTCD, weight 1 − alone",
     ("ctcd", LARGE_OF_A_PAIR): "large: both ways − alone",
@@ -34,14 +43,31 @@ def test_the_numbers_are_those_of_the_committed_study(name, finding):
 
 
 def test_every_number_of_passes_is_there_once():
-    assert [[finding.passes for finding in found] for found in FINDINGS.values()] == [[1, 5, 20]] * 3
+    assert [[finding.passes for finding in found] for found in FINDINGS.values()] == [
+        [1, 5, 20],
+        [1, 20],
+        [1, 5, 20],
+        [1, 5, 20],
+    ]
+
+
+def test_how_weak_the_teachers_were_is_what_the_study_says():
+    """The student is `large`; a teacher's own loss is on other masks, 0.03 nats easier."""
+    for study, teacher, worse, size in (
+        ("when-it-pays", "teacher-weak", (0.05, 0.2), 0.75),
+        ("dwt-teacher-quality", "teacher-extremely-weak", (0.8, 1.05), 0.3),
+    ):
+        for regime in json.loads((STUDIES / study / "results.json").read_text())["regimes"].values():
+            alone, taught = regime["rows"]["alone-large/large"], regime["rows"][f"{teacher}/teacher"]
+            assert worse[0] < taught["loss"]["mean"] - alone["loss"]["mean"] < worse[1]
+            assert taught["parameters"] / alone["parameters"] == pytest.approx(size, abs=0.03)
 
 
 @pytest.mark.parametrize(
     ("recipe", "sizes", "said"),
     [
         ("ctcd:tiny", {"large": 2, "small": 1}, [LARGE_OF_A_PAIR, SMALL_OF_A_PAIR]),
-        ("dwt:tiny", {"weak": 1, "large": 2}, [WEAK_TEACHER]),
+        ("dwt:tiny", {"weak": 1, "large": 2}, [WEAK_TEACHER, TOO_WEAK_TEACHER]),
         ("dwt:tiny", {"weak": 2, "large": 1}, []),
         ("one-way:tiny", {"large": 2, "small": 1}, []),
         ("standalone:tiny", {"large": 1}, []),
