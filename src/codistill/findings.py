@@ -1,7 +1,8 @@
 """What the committed studies found about whether to distil, for `codistill train --plan`.
 
 The numbers are those of studies/ctcd, studies/when-it-pays and studies/dwt-teacher-quality (a test compares them):
-held-out loss of the taught model minus its twin's alone, in nats, with 95 % intervals over seeds, by passes over the text at equal steps, soft weight 1.
+held-out loss of the taught model minus its twin's alone, in nats, with 95 % intervals over seeds, by passes over the
+text at equal steps, soft weight 1.
 """
 
 from collections.abc import Mapping, Sequence
