@@ -8,6 +8,7 @@ import pytest
 
 import codistill
 from codistill.cli import main
+from codistill.cli.run import again
 from codistill.loading import load, parse_yaml
 from codistill.recipes import RECIPES, find
 
@@ -117,3 +118,17 @@ def test_every_recipe_in_the_concepts_exists():
     named = {cell for line in text.splitlines() if line.startswith("|") for cell in line.split("`")[1::2]}
     assert set(RECIPES) - {"quickstart"} <= named
     assert find("quickstart").recipe == "quickstart:tiny"
+
+
+@pytest.mark.parametrize(
+    ("here", "everywhere", "said"),
+    [
+        (None, None, "codistill train runs/a/run.yaml --resume"),
+        ("2", "2", "torchrun --nproc-per-node=2 --no-python codistill train runs/a/run.yaml --resume"),
+        ("8", "32", "on every node, as it was started by torchrun: codistill train runs/a/run.yaml --resume"),
+    ],
+)
+def test_the_command_to_go_on_with_is_for_as_many_processes(here, everywhere, said, monkeypatch):
+    for name, value in (("LOCAL_WORLD_SIZE", here), ("WORLD_SIZE", everywhere)):
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert again(Path("runs/a"), None) == said

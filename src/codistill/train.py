@@ -74,6 +74,8 @@ def train(
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
         if ranks.is_main:
             print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
+    if ranks.world > 1 and ranks.is_main:
+        print(f"{out}: {ranks.world} processes, {ranks.engine}", file=sys.stderr)
     keep_freed_memory()
     run = replace(run, precision=resolved_precision(run, ranks.device), compile=resolved_compile(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))

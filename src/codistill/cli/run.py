@@ -137,7 +137,7 @@ def _train(run: Run, folder: Path, **options: Any) -> None:
             train_run(run, folder, advance=advance, **options)
     except Stopped:
         if speaks("RANK"):
-            console.print(f"stopped and saved; to go on: {_again(folder, options['device'])}", markup=False)
+            console.print(f"stopped and saved; to go on: {again(folder, options['device'])}", markup=False)
         sys.exit(STOPPED)
     if not speaks("RANK"):
         return
@@ -146,10 +146,12 @@ def _train(run: Run, folder: Path, **options: Any) -> None:
     console.print(f"run folder: {folder}" + (f"\nlearning curves: {picture}" if picture else ""), markup=False)
 
 
-def _again(folder: Path, device: str | None) -> str:
+def again(folder: Path, device: str | None) -> str:
     """The command that resumes the run in `folder`."""
     command = ["codistill", "train", str(folder / "run.yaml"), "--resume"]
     command += ["--device", device] if device else []
-    world = os.environ.get("LOCAL_WORLD_SIZE")
-    launcher = f"torchrun --nproc-per-node={world} --no-python " if world else ""
+    here, everywhere = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
+    if here != everywhere:  # how the nodes meet is not known here
+        return f"on every node, as it was started by torchrun: {shlex.join(command)}"
+    launcher = f"torchrun --nproc-per-node={here} --no-python " if here else ""
     return launcher + shlex.join(command)
