@@ -17,7 +17,7 @@ FLOORS = [
     {"loading", "findings"},
     {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance", "model_card", "edges", "taps"},
     {"members", "watch", "teacher_cache"},
-    {"relations"},
+    {"relations", "member"},
     {"cohort", "scores", "costs", "initial"},
     {"build"},
     {"plan", "run_folder", "metrics", "tracking"},

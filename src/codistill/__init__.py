@@ -9,13 +9,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from codistill.cohort import Cohort, Member
+    from codistill.cohort import Cohort
     from codistill.config import Layers, Run
     from codistill.edges import Distillation
     from codistill.errors import UserError
     from codistill.evaluate.run import evaluate
     from codistill.kernels import Edge, linear_cohort_loss
     from codistill.loading import load as load_run
+    from codistill.member import Member
     from codistill.members import Predictor
     from codistill.objectives import Batch
     from codistill.recipes import find as find_recipe
@@ -28,7 +29,7 @@ _HOME = {
     "Distillation": ("edges", "Distillation"),
     "Edge": ("kernels", "Edge"),
     "Layers": ("config", "Layers"),
-    "Member": ("cohort", "Member"),
+    "Member": ("member", "Member"),
     "Predictor": ("members", "Predictor"),
     "Run": ("config", "Run"),
     "UserError": ("errors", "UserError"),

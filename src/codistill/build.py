@@ -13,18 +13,20 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from codistill import schedules
-from codistill.cohort import Cohort, Distillation, Member
+from codistill.cohort import Cohort
 from codistill.config import Run
 from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
+from codistill.edges import Distillation
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.families.supported import check_documents, check_objective
 from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
+from codistill.member import Member
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing

@@ -1,4 +1,4 @@
-"""Members and distillation edges, and one exact training step for all of them: the heart of codistill.
+"""One exact training step for members and the edges between them: the heart of codistill.
 
     cohort = Cohort(
         [Member("large", large, optimizer=adamw), Member("small", small, optimizer=adamw2)],
@@ -11,102 +11,22 @@ D width of a member, M trained members.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from codistill.distributed import ALONE, Ranks
 from codistill.edges import Distillation
 from codistill.errors import UserError
 from codistill.kernels import CohortLoss, Edge, SparseLogits, linear_cohort_loss, linear_cohort_regression
-from codistill.members import Predictor
+from codistill.member import Member
 from codistill.objectives import Batch
 from codistill.relations import Relations, Weighted
-from codistill.schedules import Schedule, value_at
+from codistill.schedules import value_at
 from codistill.seeds import seed_of
 from codistill.watch import Failure, Watch
-
-
-@dataclass
-class Member:
-    """A node: a model, trained if it has an optimizer and frozen if it has none.
-
-    Any optimizer will do, or several that share the parameters out; with one of PyTorch's made with `fused=True` a step
-    never waits for the device. `lr` and `hard_weight` are numbers or functions of the step; without `lr` the learning
-    rate is left to the optimizer and its scheduler. `clip` bounds the gradient's norm; dropout noise is keyed by
-    `noise_key`, by default the name, so that it does not depend on who else is in the cohort. Parameters that are
-    frozen when it is made stay so; raises UserError where that leaves nothing to train.
-    """
-
-    name: str
-    predictor: Predictor
-    optimizer: Optimizer | Sequence[Optimizer] | None = None
-    lr: float | Schedule | None = None
-    hard_weight: float | Schedule = 1.0
-    clip: float = 1.0
-    noise_key: str = ""
-    projections: nn.ModuleDict = field(init=False, repr=False, default_factory=nn.ModuleDict)
-    parameters: list[Tensor] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.noise_key = self.noise_key or self.name
-        self.parameters = list(self.predictor.parameters())
-        self.predictor.train(self.is_trained)
-        if not self.is_trained:
-            self.predictor.requires_grad_(False)
-            return
-        self._check_parameters()
-
-    def _check_parameters(self) -> None:
-        if not self._learns():
-            raise UserError(
-                f"member {self.name!r}: its optimizer has none of its parameters that require a gradient, so nothing "
-                "is left to train; unfreeze some, or give no optimizer for a frozen teacher"
-            )
-        held, mine = set(map(id, self._optimized())), {id(parameter) for parameter in self.parameters}
-        left = [n for n, p in self.predictor.named_parameters() if p.requires_grad and id(p) not in held]
-        if left:
-            raise UserError(
-                f"member {self.name!r}: no optimizer has {left[0]} ({len(left)} such); freeze it, or give it to one"
-            )
-        if held - mine:
-            raise UserError(f"member {self.name!r}: its optimizer has parameters that are not its own; leave them out")
-
-    @property
-    def is_trained(self) -> bool:
-        """Whether the member learns."""
-        return bool(self.optimizers)
-
-    @property
-    def optimizers(self) -> Sequence[Optimizer]:
-        """None for a frozen member."""
-        if self.optimizer is None or isinstance(self.optimizer, Optimizer):
-            return [] if self.optimizer is None else [self.optimizer]
-        return self.optimizer
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """All that is trained with the member: its predictor, and projections that are no part of its model."""
-        return [self.predictor, *self.projections.values()]
-
-    def train_too(self, projections: nn.ModuleDict) -> None:
-        """Trains `projections` with the member: by its last optimizer, with the settings of its first group."""
-        self.projections, parameters = projections, list(projections.parameters())
-        if parameters:
-            self.parameters += parameters
-            first = self.optimizers[-1].param_groups[0]
-            settings = {name: value for name, value in first.items() if name not in ("params", "param_names")}
-            self.optimizers[-1].add_param_group({**settings, "params": parameters})
-
-    def _optimized(self) -> list[Tensor]:
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-
-    def _learns(self) -> bool:
-        mine = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
-        return any(id(parameter) in mine for parameter in self._optimized())
 
 
 class Cohort:

@@ -11,7 +11,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from codistill.build import adamw, edges_of, resolved_precision
-from codistill.cohort import Cohort, Member
+from codistill.cohort import Cohort
 from codistill.config import Run
 from codistill.costs import forward_cost, member_flops
 from codistill.data.corpus import read_manifest
@@ -19,6 +19,7 @@ from codistill.data.tokenizers import load_tokenizer, parse_training_spec, vocab
 from codistill.errors import UserError
 from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
 from codistill.kernels.rows import scratch_bytes
+from codistill.member import Member
 from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch
 from codistill.provenance import pre_trained

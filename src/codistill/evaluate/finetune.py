@@ -18,12 +18,14 @@ from transformers import PreTrainedModel
 
 from codistill import schedules
 from codistill.build import adamw
-from codistill.cohort import Cohort, Distillation, Member
+from codistill.cohort import Cohort
+from codistill.edges import Distillation
 from codistill.evaluate.encode import Encoded, batch_of, prediction_order, training_order
 from codistill.evaluate.protocol import RATE_TIMES_WIDTH_SQUARED, Protocol
 from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.spread import spread
 from codistill.families import is_causal
+from codistill.member import Member
 from codistill.members import Predictor
 from codistill.seeds import seed_of
 from codistill.watch import NonFiniteError
