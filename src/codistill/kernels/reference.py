@@ -1,11 +1,14 @@
 """The loss as its definition: plain autograd, any divergence, N × V tensors. Every kernel must match it."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from codistill.divergences import DIVERGENCES
-from codistill.kernels.problem import Problem
+from codistill.errors import UserError
+from codistill.kernels.problem import Edge, Problem
 
 
 def reference_loss(problem: Problem) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
@@ -22,12 +25,23 @@ def reference_loss(problem: Problem) -> tuple[Tensor, dict[str, Tensor], tuple[T
             empty_NV = torch.empty(len(scale_N), problem.vocabulary, dtype=dtype, device=scale_N.device)
             logits[member] = sparse.rows(slice(None), empty_NV)
         for edge in problem.edges:
-            divergence = DIVERGENCES[edge.divergence] if isinstance(edge.divergence, str) else edge.divergence
-            rows = divergence(logits[edge.student], logits[edge.teacher].detach(), edge.temperature)
-            loss = (rows * scale_N).sum()
+            loss = (_rows(edge, logits, len(scale_N)) * scale_N).sum()
             soft.append(loss.detach())
             total = total + edge.weight * loss
     return total, hard, tuple(soft)
+
+
+def _rows(edge: Edge, logits: Mapping[str, Tensor], count: int) -> Tensor:
+    divergence = DIVERGENCES[edge.divergence] if isinstance(edge.divergence, str) else edge.divergence
+    rows = divergence(logits[edge.student], logits[edge.teacher].detach(), edge.temperature)
+    # Any other shape would be broadcast against the rows' weights, (N, 1) to N × N.
+    if not isinstance(rows, Tensor) or rows.shape != (count,):
+        came = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+        raise UserError(
+            f"edge {edge.teacher!r} -> {edge.student!r}: divergence {getattr(divergence, '__name__', divergence)} gave "
+            f"{came}; wanted the loss of each row, shape ({count},): sum over the vocabulary only"
+        )
+    return rows
 
 
 def _logits(problem: Problem, member: str, dtype: torch.dtype) -> Tensor:
