@@ -1,10 +1,14 @@
 """Members, batches and divergences of one's own: what is refused in a line, and what a loop of one's own may rely on."""
 
-import pytest
+import math
 
-from codistill import Cohort, Distillation, UserError
+import numpy as np
+import pytest
+from torch.optim import SGD
+
+from codistill import Cohort, Distillation, Member, UserError
 from codistill.divergences import forward_kl
-from cohorts import batch, member
+from cohorts import batch, member, parameters, predictor
 
 RAMP = {"linear": [1, 0]}
 
@@ -35,6 +39,26 @@ def test_a_divergence_that_does_not_give_one_loss_a_row_is_refused(own, came):
 
 
 # ---- settings ----------------------------------------------------------------------------------
+
+
+def lone(**settings) -> Member:
+    built = predictor("lone", dropout=0.0)
+    return Member("lone", built, SGD(built.parameters(), lr=1.0), **settings)
+
+
+@pytest.mark.parametrize("clip", [0, -1.0, math.nan, None, "1"])
+def test_a_clip_that_bounds_nothing_sensible_is_refused(clip):
+    with pytest.raises(UserError, match=rf"^member 'lone': clip {clip!r}; wanted a number above 0 .*float\(\"inf\"\)"):
+        lone(clip=clip)
+
+
+@pytest.mark.parametrize("clip", [1, 0.5, np.float32(0.5), math.inf])
+def test_a_clip_is_a_number_or_infinite(clip):
+    cohort = Cohort([lone(clip=clip)])
+    before = parameters(cohort, "lone")
+    norm = cohort.step(0, batch(1))["lone/grad_norm"].item()
+    moved = math.hypot(*((a - b).norm().item() for a, b in zip(before, parameters(cohort, "lone"), strict=True)))
+    assert moved == pytest.approx(min(norm, clip), rel=1e-4)  # plain gradient descent at rate 1
 
 
 # ---- modes -------------------------------------------------------------------------------------

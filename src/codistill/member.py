@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,7 +18,7 @@ class Member:
 
     Any optimizer will do, or several that share the parameters out; with one of PyTorch's made with `fused=True` a step
     never waits for the device. `lr` and `hard_weight` are numbers or functions of the step; without `lr` the learning
-    rate is left to the optimizer and its scheduler. `clip` bounds the gradient's norm; dropout noise is keyed by
+    rate is left to the optimizer and its scheduler. `clip` > 0 bounds the gradient's norm (infinite: nothing is clipped); dropout noise is keyed by
     `noise_key`, by default the name, so that it does not depend on who else is in the cohort. Parameters that are
     frozen when it is made stay so; raises UserError where that leaves nothing to train.
     """
@@ -34,12 +35,19 @@ class Member:
 
     def __post_init__(self) -> None:
         self.noise_key = self.noise_key or self.name
+        self._check_settings()
         self.parameters = list(self.predictor.parameters())
         self.predictor.train(self.is_trained)
         if not self.is_trained:
             self.predictor.requires_grad_(False)
             return
         self._check_parameters()
+
+    def _check_settings(self) -> None:
+        if not isinstance(self.clip, Real) or not self.clip > 0:
+            raise UserError(
+                f'member {self.name!r}: clip {self.clip!r}; wanted a number above 0 (float("inf") for no clipping)'
+            )
 
     def _check_parameters(self) -> None:
         if not self._learns():
