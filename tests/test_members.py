@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from torch.optim import SGD
 
 from codistill import Cohort, Distillation, Member, UserError
@@ -59,6 +60,20 @@ def test_a_clip_is_a_number_or_infinite(clip):
     norm = cohort.step(0, batch(1))["lone/grad_norm"].item()
     moved = math.hypot(*((a - b).norm().item() for a, b in zip(before, parameters(cohort, "lone"), strict=True)))
     assert moved == pytest.approx(min(norm, clip), rel=1e-4)  # plain gradient descent at rate 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_trained_member_in_16_bits_is_refused_and_a_frozen_one_is_not(dtype):
+    built = predictor("narrow").to(dtype)
+    with pytest.raises(UserError, match=rf"^member 'narrow': .* is {dtype}; .* load it in float32.*precision=torch.bf"):
+        Member("narrow", built, SGD(built.parameters(), lr=0.1))
+    Member("narrow", predictor("narrow").to(dtype))
+
+
+@pytest.mark.parametrize("precision", [torch.float16, torch.float64, "bfloat16", None])
+def test_precisions_of_matrix_products_are_two(precision):
+    with pytest.raises(UserError, match=rf"^precision: {precision!r}; wanted torch.float32 or torch.bfloat16"):
+        Cohort([member("a")], precision=precision)
 
 
 # ---- modes -------------------------------------------------------------------------------------

@@ -54,6 +54,7 @@ class Cohort:
         self.members = {member.name: member for member in members}
         self.seed, self.precision, self.ranks, self.compiled = seed, precision, ranks, compiled
         self.trained = [member for member in members if member.is_trained]
+        _check_precision(precision)
         _check(members, distillation, ranks)
         models = {member.name: member.predictor.model for member in members}
         self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)
@@ -222,6 +223,13 @@ def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
 
 def _sum(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
+
+
+def _check_precision(precision: torch.dtype) -> None:
+    if precision not in (torch.float32, torch.bfloat16):
+        raise UserError(
+            f"precision: {precision!r}; wanted torch.float32 or torch.bfloat16, which the models' products are in"
+        )
 
 
 def _check(members: Sequence[Member], edges: Sequence[Distillation], ranks: Ranks) -> None:

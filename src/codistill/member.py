@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -55,6 +56,12 @@ class Member:
                 f"member {self.name!r}: its optimizer has none of its parameters that require a gradient, so nothing "
                 "is left to train; unfreeze some, or give no optimizer for a frozen teacher"
             )
+        narrow = next(((n, p.dtype) for n, p in self.predictor.named_parameters() if _is_narrow(p)), None)
+        if narrow is not None:
+            raise UserError(
+                f"member {self.name!r}: {narrow[0]} is {narrow[1]}; what is trained is float32, so load it in float32 "
+                "(Cohort(precision=torch.bfloat16) has its products in bfloat16)"
+            )
         held, mine = set(map(id, self._optimized())), {id(parameter) for parameter in self.parameters}
         left = [n for n, p in self.predictor.named_parameters() if p.requires_grad and id(p) not in held]
         if left:
@@ -96,3 +103,9 @@ class Member:
     def _learns(self) -> bool:
         mine = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
         return any(id(parameter) in mine for parameter in self._optimized())
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether updates would be lost in its rounding."""
+    wide = (torch.float32, torch.float64)
+    return parameter.requires_grad and parameter.is_floating_point() and parameter.dtype not in wide
