@@ -9,6 +9,7 @@ from torch.optim import SGD
 
 from codistill import Cohort, Distillation, Member, UserError
 from codistill.divergences import forward_kl
+from codistill.schedules import build
 from cohorts import batch, member, parameters, predictor
 
 RAMP = {"linear": [1, 0]}
@@ -74,6 +75,23 @@ def test_a_trained_member_in_16_bits_is_refused_and_a_frozen_one_is_not(dtype):
 def test_precisions_of_matrix_products_are_two(precision):
     with pytest.raises(UserError, match=rf"^precision: {precision!r}; wanted torch.float32 or torch.bfloat16"):
         Cohort([member("a")], precision=precision)
+
+
+@pytest.mark.parametrize("given", [RAMP, "linear", [1, 0]])
+def test_a_schedule_in_yaml_is_refused_where_a_function_is_wanted(given):
+    wanted = r"wanted a number or a function of the step.*codistill\.schedules\.build"
+    for name in ("lr", "hard_weight"):
+        with pytest.raises(UserError, match=rf"^member 'lone': {name} .*; {wanted}"):
+            lone(**{name: given})
+    with pytest.raises(UserError, match=rf"^edge 'large' -> 'small': weight .*; {wanted}"):
+        Distillation("large", "small", weight=given)
+
+
+@pytest.mark.parametrize("given", [1, 0.5, np.float32(0.5), torch.tensor(0.5), build(RAMP, 4)])
+def test_numbers_and_functions_of_the_step_are_taken(given):
+    cohort = Cohort([lone(lr=given, hard_weight=given), member("b")], [Distillation("b", "lone", weight=given)])
+    cohort.step(0, batch(1))
+    assert cohort.failure() is None
 
 
 # ---- modes -------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Literal
 from codistill.config import Layers, edge_problem
 from codistill.divergences import Divergence
 from codistill.errors import UserError
-from codistill.schedules import Schedule, value_at
+from codistill.schedules import Schedule, problem, value_at
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Distillation:
     relation_heads: int | None = None
 
     def __post_init__(self) -> None:
-        problem = edge_problem(self)
-        if problem is not None:
-            raise UserError(f"edge {self.teacher!r} -> {self.student!r}: {problem}")
+        not_a_weight = problem(self.weight)
+        wrong = edge_problem(self) if not_a_weight is None else f"weight {not_a_weight}"
+        if wrong is not None:
+            raise UserError(f"edge {self.teacher!r} -> {self.student!r}: {wrong}")
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from codistill.errors import UserError
 from codistill.members import Predictor
-from codistill.schedules import Schedule
+from codistill.schedules import Schedule, problem
 
 
 @dataclass
@@ -49,6 +49,12 @@ class Member:
             raise UserError(
                 f'member {self.name!r}: clip {self.clip!r}; wanted a number above 0 (float("inf") for no clipping)'
             )
+
+        for setting in ("lr", "hard_weight"):
+            value = getattr(self, setting)
+            wrong = None if setting == "lr" and value is None else problem(value)
+            if wrong is not None:
+                raise UserError(f"member {self.name!r}: {setting} {wrong}")
 
     def _check_parameters(self) -> None:
         if not self._learns():

@@ -36,6 +36,14 @@ def value_at(value: float | Schedule, step: int) -> float:
     return value(step) if callable(value) else value
 
 
+def problem(value: Any) -> str | None:
+    """What keeps `value` from being a number (a 0-d tensor too) or a function of the step, in words, or None."""
+    if callable(value) or hasattr(value, "__float__"):
+        return None
+    made = "codistill.schedules.build(specification, steps) makes one of what stands in YAML"
+    return f"{value!r}; wanted a number or a function of the step ({made})"
+
+
 def build(spec: Spec, steps: int) -> Schedule:
     """step -> value for a run of `steps` steps. `spec` has passed `check`."""
     if not isinstance(spec, Mapping):
