@@ -1,4 +1,4 @@
-"""Members, batches and divergences of one's own: what is refused in a line, and what a loop of one's own may rely on."""
+"""Members, batches and divergences of one's own: what is refused, and what a loop of one's own may rely on."""
 
 import math
 
