@@ -97,6 +97,20 @@ def test_numbers_and_functions_of_the_step_are_taken(given):
 # ---- modes -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_frozen_member_teaches_without_dropout_whoever_put_it_into_training_mode(whole):
+    def losses(touched: bool) -> list[float]:
+        teacher = member("teacher", trained=False, dropout=0.5)
+        student = predictor("student", dropout=0.0)
+        members = [teacher, Member("student", student, SGD(student.parameters(), lr=0.0))]
+        cohort = Cohort(members, [Distillation("teacher", "student")])
+        if touched:
+            (teacher.predictor if whole else teacher.predictor.model).train()
+        return [cohort.step(step, batch(1))["student/from_teacher"].item() for step in range(2)]
+
+    assert losses(touched=True) == losses(touched=False)
+
+
 # ---- causal models -----------------------------------------------------------------------------
 
 

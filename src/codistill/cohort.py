@@ -144,6 +144,8 @@ class Cohort:
             return batch.cached[member.name]
         if member.is_trained:
             _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.ranks.rank, member.noise_key))
+        elif member.predictor.training or member.predictor.model.training:  # a loop that says `teacher.train()`
+            member.predictor.eval()
         with torch.set_grad_enabled(member.is_trained), self._autocast():
             return member.predictor(batch.inputs, batch.rows_N)
 
