@@ -14,8 +14,10 @@ from codistill.schedules import constant
 VOCABULARY, LENGTH = 50, 16
 
 
-def predictor(name: str, layers: int = 1, *, family: str = "modernbert", dropout: float = 0.1, seed: int = 0):
-    config = ModelConfig(family=family, layers=layers, width=32, heads=2, dropout=dropout)
+def predictor(
+    name: str, layers: int = 1, *, family: str = "modernbert", width: int = 32, dropout: float = 0.1, seed: int = 0
+):
+    config = ModelConfig(family=family, layers=layers, width=width, heads=2, dropout=dropout)
     model = new_model(config, vocabulary=VOCABULARY, length=LENGTH, tokenizer=None, seed=seed, name=name)
     return Predictor(model, VOCABULARY)
 

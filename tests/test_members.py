@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from codistill import Cohort, Distillation, Member, UserError
+from codistill import Batch, Cohort, Distillation, Member, UserError
 from codistill.divergences import forward_kl
 from codistill.schedules import build
-from cohorts import batch, member, parameters, predictor
+from cohorts import LENGTH, VOCABULARY, batch, member, parameters, predictor
 
 RAMP = {"linear": [1, 0]}
 
@@ -112,6 +112,39 @@ def test_a_frozen_member_teaches_without_dropout_whoever_put_it_into_training_mo
 
 
 # ---- causal models -----------------------------------------------------------------------------
+
+
+def texts(seed: int = 0) -> dict[str, torch.Tensor]:
+    """As `DataCollatorForLanguageModeling(mlm=False)` gives them: labels are the tokens themselves, −100 at padding."""
+    ids = torch.randint(VOCABULARY, (3, LENGTH), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(LENGTH) < LENGTH - 3).long().expand_as(ids)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask.bool(), -100)}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_causal_model_is_not_asked_to_copy_its_input(family):
+    cohort = Cohort([member("a", family=family)])
+    for given in (Batch.from_labels(texts()), [Batch.from_labels(texts(), causal=True), Batch.from_labels(texts())]):
+        with pytest.raises(UserError, match=r"^step 0: the labels are the inputs .* 'a' .*pass causal=True"):
+            cohort.step(0, given)
+    cohort.step(0, Batch.from_labels(texts(), causal=True))
+
+
+def test_labels_that_were_shifted_by_hand_or_are_masked_are_taken():
+    given = texts()
+    ahead = given["labels"].roll(-1, 1).index_fill(1, torch.tensor(LENGTH - 1), -100)
+    assert not Batch.from_labels(given | {"labels": ahead}).copies_inputs
+    same = torch.full_like(ahead, 7)  # the next token is the token itself
+    same_ahead = Batch.from_labels({"input_ids": same, "labels": same.index_fill(1, torch.tensor(LENGTH - 1), -100)})
+    assert not same_ahead.copies_inputs
+    Cohort([member("b", family="gpt2")]).step(0, same_ahead)
+    Cohort([member("a", family="bert")]).step(0, Batch.from_labels(given))  # masked models may be shown the token
+    assert Batch.from_labels(given).to("meta").copies_inputs
+
+
+def test_masked_and_causal_models_in_one_cohort_are_refused():
+    with pytest.raises(UserError, match=r"^members: 'a' is a masked LM and 'b' a causal one; "):
+        Cohort([member("a", family="bert"), member("b", family="gpt2", trained=False)])
 
 
 # ---- compiled models ---------------------------------------------------------------------------

@@ -16,10 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from codistill.distributed import ALONE, Ranks
 from codistill.edges import Distillation
 from codistill.errors import UserError
+from codistill.families import is_causal, known_objective
 from codistill.kernels import CohortLoss, Edge, SparseLogits, linear_cohort_loss, linear_cohort_regression
 from codistill.member import Member
 from codistill.objectives import Batch
@@ -56,6 +58,7 @@ class Cohort:
         self.trained = [member for member in members if member.is_trained]
         _check_precision(precision)
         _check(members, distillation, ranks)
+        self._causal = _causal(members)
         models = {member.name: member.predictor.model for member in members}
         self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)
         self.distillation = self._relations.edges
@@ -84,6 +87,11 @@ class Cohort:
             raise UserError(
                 f"step {step}: {type(micro_batches).__name__} of {len(micro_batches)} came in where a Batch or several "
                 "are wanted; Batch.from_labels makes one of a dictionary with labels"
+            )
+        if self._causal and any(batch.copies_inputs for batch in micro_batches):
+            raise UserError(
+                f"step {step}: the labels are the inputs at the same positions, so {self._causal[0]!r} (causal) would "
+                "learn to copy; pass causal=True to Batch.from_labels, which takes the labels from one position on"
             )
         active = [(edge, weight) for edge in self.distillation if (weight := edge.weight_at(step)) != 0]
         counts = [_num_rows(micro_batches, self.device), *self._relations.count(micro_batches)]
@@ -225,6 +233,18 @@ def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
 
 def _sum(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
+
+
+def _causal(members: Sequence[Member]) -> list[str]:
+    """Names of the causal language models; UserError where known masked ones are among the members too."""
+    whole = {m.name: m.predictor.model for m in members if not getattr(m.predictor, "is_from_module", True)}
+    kinds = {known_objective(model): name for name, model in reversed(whole.items())}
+    if "mlm" in kinds and "clm" in kinds:
+        raise UserError(
+            f"members: {kinds['mlm']!r} is a masked LM and {kinds['clm']!r} a causal one; they predict different rows "
+            "of different inputs, so give each kind a cohort of its own"
+        )
+    return [name for name, model in whole.items() if isinstance(model, PreTrainedModel) and is_causal(model)]
 
 
 def _check_precision(precision: torch.dtype) -> None:

@@ -68,6 +68,7 @@ class Predictor(nn.Module):
             check_model(model)
             use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
+        self.is_from_module = parts is not None  # what it predicts is its maker's to know
         # Looked up once, because a walk through module names costs more than a tiny model's layer norm.
         self._parts, self._first_position = parts or split(model), first_position(model)
         self._window = local_window(model)

@@ -35,7 +35,8 @@ class Batch:
     `row_weight_N`: float32, 0 for a slot that a short sequence leaves unfilled (None: all 1); `sample_ids`: which rows
     of the data these are, for error messages; `cached`: by member, what a teacher said about the rows when it was run:
     features (N, D), or sparse logits; `lengths_B`: int64, the positions of each sequence that are not padding, where
-    some are and no `attention_mask` (B, T) among the inputs says which.
+    some are and no `attention_mask` (B, T) among the inputs says which; `copies_inputs`: every label is the token that
+    stands at its own row, which asks a causal model to copy, so that a cohort refuses it.
     """
 
     inputs: Mapping[str, Tensor]
@@ -45,6 +46,7 @@ class Batch:
     sample_ids: tuple[int, ...] = ()
     cached: Mapping[str, Tensor | SparseLogits] = field(default_factory=dict)
     lengths_B: Tensor | None = None
+    copies_inputs: bool = False
 
     @classmethod
     def from_labels(cls, given: Mapping[str, Tensor], *, causal: bool = False) -> Batch:
@@ -59,7 +61,8 @@ class Batch:
         if causal:
             labels_BT = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
         rows_N = (labels_BT.flatten() != IGNORED).nonzero()[:, 0]
-        return cls(inputs, rows_N, labels_BT.flatten()[rows_N])
+        labels_N = labels_BT.flatten()[rows_N]
+        return cls(inputs, rows_N, labels_N, copies_inputs=not causal and _copies(inputs, rows_N, labels_N))
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`; from pinned memory the copies do not wait."""
@@ -71,7 +74,18 @@ class Batch:
             name: move(given) if isinstance(given, Tensor) else type(given)(*map(move, given))
             for name, given in self.cached.items()
         }
-        return Batch(inputs, move(self.rows_N), move(self.labels_N), weight, self.sample_ids, cached, lengths)
+        return Batch(
+            inputs, move(self.rows_N), move(self.labels_N), weight, self.sample_ids, cached, lengths, self.copies_inputs
+        )
+
+
+def _copies(inputs: Mapping[str, Tensor], rows_N: Tensor, labels_N: Tensor) -> bool:
+    """Whether the labels are the tokens at their own rows, and not those after them all the same."""
+    ids = inputs.get("input_ids")
+    if ids is None or len(rows_N) < 2:
+        return False
+    here, after = ids.flatten(), ids.roll(-1, 1).flatten()
+    return torch.equal(here[rows_N], labels_N) and not torch.equal(after[rows_N], labels_N)
 
 
 def _lengths(lengths_B: np.ndarray, length: int) -> Tensor | None:

@@ -21,6 +21,7 @@ __all__ = [
     "family_of",
     "first_position",
     "is_causal",
+    "known_objective",
     "local_window",
     "longest",
     "split",
@@ -37,6 +38,12 @@ def is_causal(model: PreTrainedModel) -> bool:
     """Whether `model` predicts the next token; a family that the table does not know is asked by its class."""
     family = family_of(model.config)
     return type(model).__name__ in CAUSAL_CLASSES if family is None else family.objective == "clm"
+
+
+def known_objective(model: nn.Module) -> str | None:
+    """ "mlm" or "clm" of a model that is of the table, of the very class that stands there; None for any other."""
+    family = family_of(model.config) if isinstance(model, PreTrainedModel) else None
+    return family.objective if family is not None and type(model) is family.model else None
 
 
 def split(model: nn.Module) -> Parts:
