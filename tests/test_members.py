@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from codistill import Batch, Cohort, Distillation, Member, UserError
+from codistill import Batch, Cohort, Distillation, Member, Predictor, UserError
 from codistill.divergences import forward_kl
 from codistill.schedules import build
 from cohorts import LENGTH, VOCABULARY, batch, member, parameters, predictor
@@ -148,6 +148,19 @@ def test_masked_and_causal_models_in_one_cohort_are_refused():
 
 
 # ---- compiled models ---------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method")  # PyTorch imports what it deprecates
+def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_place():
+    model, graphs = predictor("a", family="bert", dropout=0.0).model, []
+    with pytest.raises(UserError, match=r"wraps a BertForMaskedLM; give the model itself.*\.base_model\.compile\(\)"):
+        Predictor(torch.compile(model), VOCABULARY)
+    given = batch(1)
+    plain = Predictor(model, VOCABULARY)(given.inputs, given.rows_N)
+    model.base_model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    compiled = Predictor(model, VOCABULARY)(given.inputs, given.rows_N)
+    assert graphs
+    torch.testing.assert_close(compiled, plain)
 
 
 # ---- saving ------------------------------------------------------------------------------------

@@ -44,6 +44,12 @@ def found(model: nn.Module) -> Parts:
     The proof: on random tokens, and with all parameters moved at random, so that no scale of 1 or bias of 0 hides.
     """
     name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    inner = getattr(model, "_orig_mod", None)
+    if inner is not None:
+        raise UserError(
+            f"{name!r}: {type(model).__name__} wraps a {type(inner).__name__}; give the model itself, whose layers "
+            "compile in place with model.base_model.compile()"
+        )
     output = _output_embedding(model)
     if output is None:
         raise UserError(
