@@ -8,7 +8,7 @@ rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -74,9 +74,8 @@ class Batch:
             name: move(given) if isinstance(given, Tensor) else type(given)(*map(move, given))
             for name, given in self.cached.items()
         }
-        return Batch(
-            inputs, move(self.rows_N), move(self.labels_N), weight, self.sample_ids, cached, lengths, self.copies_inputs
-        )
+        rows = {"rows_N": move(self.rows_N), "labels_N": move(self.labels_N), "row_weight_N": weight}
+        return replace(self, inputs=inputs, cached=cached, lengths_B=lengths, **rows)
 
 
 def _copies(inputs: Mapping[str, Tensor], rows_N: Tensor, labels_N: Tensor) -> bool:
