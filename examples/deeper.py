@@ -19,4 +19,4 @@ cohort = Cohort(
 )
 for step, batch in enumerate(loader()):
     metrics = cohort.step(step, Batch.from_labels(batch))
-print({name: round(value.item(), 3) for name, value in metrics.items()})
+print(cohort.failure() or {name: round(value.item(), 3) for name, value in metrics.items()})

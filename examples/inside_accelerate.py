@@ -14,5 +14,7 @@ for name, layers in (("large", 2), ("small", 1)):
 cohort = Cohort(members, [Distillation("large", "small"), Distillation("small", "large")])
 for step, batch in enumerate(accelerator.prepare(loader())):
     metrics = cohort.step(step, Batch.from_labels(batch))
+    if failure := cohort.failure():
+        raise RuntimeError(failure)
     accelerator.log({name: value.item() for name, value in metrics.items()}, step=step)
 accelerator.unwrap_model(members[0].predictor.model).save_pretrained("large")

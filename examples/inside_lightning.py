@@ -21,6 +21,7 @@ class Pair(lightning.LightningModule):
 
     def training_step(self, batch, index):
         self.log_dict(self.cohort.step(self.done, Batch.from_labels(batch)))
+        assert self.cohort.failure() is None, self.cohort.failure()
         self.done += 1
 
 

@@ -26,4 +26,4 @@ members = [Member(name, p, SGD(p.parameters(), lr=0.1)) for name, p in predictor
 members.append(Member("teacher", Predictor(teacher, VOCABULARY)))  # without an optimizer: frozen
 cohort = Cohort(members, [Distillation("teacher", "split"), Distillation("split", "whole")])
 for step, batch in enumerate(loader()):
-    print(cohort.step(step, Batch.from_labels(batch)))
+    print(cohort.step(step, Batch.from_labels(batch)), cohort.failure() or "")

@@ -5,12 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.optim import SGD
+from torch.optim import SGD, AdamW
+from transformers import AutoModelForMaskedLM
 
 from codistill import Batch, Cohort, Distillation, Member, Predictor, UserError
 from codistill.divergences import forward_kl
 from codistill.schedules import build
-from cohorts import LENGTH, VOCABULARY, batch, member, parameters, predictor
+from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
 
 RAMP = {"linear": [1, 0]}
 
@@ -164,3 +165,34 @@ def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_p
 
 
 # ---- saving ------------------------------------------------------------------------------------
+
+
+def test_a_loop_of_ones_own_resumes_bit_for_bit_from_what_the_documentation_saves(tmp_path):
+    edges = [Distillation("large", "small", kind="hidden"), Distillation("small", "large")]
+
+    def cohort(models) -> Cohort:
+        made = [(name, Predictor(model, VOCABULARY)) for name, model in models.items()]
+        return Cohort([Member(n, p, AdamW(p.parameters(), lr=1e-2)) for n, p in made], edges)
+
+    def models(**widths):
+        return {name: predictor(name, family="bert", width=width).model for name, width in widths.items()}
+
+    straight = cohort(models(large=32, small=16))
+    for step in range(4):
+        if step == 2:
+            for name, each in straight.members.items():
+                each.predictor.model.save_pretrained(tmp_path / name)
+                state = {"optimizer": each.optimizer.state_dict(), "projections": each.projections.state_dict()}
+                torch.save(state, tmp_path / f"{name}.pt")
+        expected = straight.step(step, batch(step))
+
+    resumed = cohort({name: AutoModelForMaskedLM.from_pretrained(tmp_path / name) for name in ("large", "small")})
+    for name, each in resumed.members.items():
+        state = torch.load(tmp_path / f"{name}.pt")
+        each.optimizer.load_state_dict(state["optimizer"])
+        each.projections.load_state_dict(state["projections"])
+    for step in range(2, 4):
+        metrics = resumed.step(step, batch(step))
+    assert metrics == expected
+    for name in ("large", "small"):
+        assert_same_bits(parameters(straight, name), parameters(resumed, name))

@@ -38,8 +38,10 @@ class Cohort:
     parameters, logits and losses are float32 either way. A step in which a loss or gradient is not finite changes no
     parameter; with `skip_non_finite` the next one goes on, without it no later step changes any either. With several
     `ranks`, each is given its own share of the micro-batches, and the step is that of one process with all of them.
-    `compiled`: the loss between logits is fused by PyTorch's compiler, on a CPU (models compile with their own
-    `compile`).
+    `compiled`: the loss between logits is fused by PyTorch's compiler, on a CPU (models compile in place with
+    `model.base_model.compile()`). `seed` keys dropout and the projections' initial values: PyTorch's global generator
+    is seeded with these in every step, so whatever else draws needs one of its own. Raises UserError for members and
+    edges that do not go together.
     """
 
     def __init__(

@@ -13,9 +13,9 @@ from codistill.schedules import Schedule, problem, value_at
 class Distillation:
     """An edge: `teacher` teaches `student`, whose loss gains weight · what `kind` says; the teacher gets no gradient.
 
-    - "logits": τ² · divergence(student, teacher) at the predicted rows. `divergence` is a name of
-      `codistill.divergences.DIVERGENCES`, or a function of student's and teacher's logits (N, V) and τ that gives (N,);
-      a function goes through plain autograd.
+    - "logits": divergence(student, teacher; τ) at the predicted rows. `divergence` is a name of
+      `codistill.divergences.DIVERGENCES`, which have τ² in them, or a function of student's and teacher's logits (N, V)
+      and τ that gives (N,), with τ² or without as you want it; a function goes through plain autograd.
     - "hidden": squared error between the states that chosen layers give, through a learned projection where the
       widths differ.
     - "relation": KL between the attention relations of chosen layers (MiniLMv2: Wang et al. 2021), in
