@@ -11,7 +11,7 @@ from codistill.config import ModelConfig
 from codistill.data.tokenizers import train_tokenizer, vocabulary_size
 from codistill.evaluate.protocol import Protocol
 from codistill.evaluate.tasks import GLUE
-from codistill.members import new_model
+from codistill.models import new_model
 
 TEXT = "the cat sat on a mat and saw some dog run far into our old garden to eat more of her food good bad"
 WORDS = TEXT.split()

@@ -11,7 +11,7 @@ from codistill.bench import step_providers
 from codistill.bench.latency import bench_latency
 from codistill.costs import forward_cost, head_flops
 from codistill.errors import UserError
-from codistill.members import Predictor
+from codistill.models import Predictor
 from codistill.train import train
 from runs import small_run
 

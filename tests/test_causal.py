@@ -18,8 +18,8 @@ from codistill.data.tokenizers import Vocabulary
 from codistill.errors import UserError
 from codistill.families import FAMILIES
 from codistill.loading import load, override, to_dict
-from codistill.members import Predictor, load_model, new_model
 from codistill.metrics import read_metrics
+from codistill.models import Predictor, load_model, new_model
 from codistill.objectives import CausalLM
 from codistill.train import train
 from data_examples import documents, vocabulary_file

@@ -15,7 +15,7 @@ from codistill.config import ModelConfig
 from codistill.data.order import keyed
 from codistill.data.tokenizers import Vocabulary
 from codistill.kernels import Edge, linear_cohort_loss
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 from codistill.objectives import CausalLM
 from codistill.schedules import constant
 

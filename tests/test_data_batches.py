@@ -200,7 +200,7 @@ def test_a_predictor_keeps_the_window_of_local_layers():
     """A row that is one document is to a predictor what it is to the model without a mask, also beyond the window."""
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
-    from codistill.members import Predictor
+    from codistill.models import Predictor
 
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     ends = {"pad_token_id": PAD, "bos_token_id": CLS, "eos_token_id": SEP, "cls_token_id": CLS, "sep_token_id": SEP}

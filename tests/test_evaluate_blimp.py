@@ -11,7 +11,7 @@ from codistill.evaluate.blimp import encode_sentences, likelihoods, read_pairs, 
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.subjects import load_subject
 from codistill.evaluate.zero_shot import find_text
-from codistill.members import Predictor
+from codistill.models import Predictor
 from evaluations import QUICK, model_folder, pairs, sentences, write
 
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ from codistill.families import FAMILIES, family_of, longest, split
 from codistill.families.family import Chain
 from codistill.families.found import Bypass
 from codistill.loading import load, to_dict
-from codistill.members import Predictor, load_model, new_model
+from codistill.models import Predictor, load_model, new_model
 from codistill.schedules import constant
 from codistill.train import train
 from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor

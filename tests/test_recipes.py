@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codistill.errors import UserError
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 from codistill.recipes import RECIPES, check_teachers, find
 
 # Published sizes in millions: 6 layers x 768 with a tied masked-LM head is BERT's 66.99M (research/papers.md §1.2);

@@ -17,7 +17,7 @@ from codistill.data.tokenizers import Vocabulary
 from codistill.distributed import Ranks, start
 from codistill.errors import UserError
 from codistill.loading import load, parse_yaml, to_dict, to_yaml
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.relations import hidden_error, relation_kl
 from codistill.schedules import constant

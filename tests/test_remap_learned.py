@@ -115,7 +115,7 @@ def test_the_loss_that_growth_learns_from_is_the_runs(family):
     from codistill.config import ModelConfig
     from codistill.data.packing import document_mask, document_positions
     from codistill.initial import _loss_on
-    from codistill.members import new_model
+    from codistill.models import new_model
     from codistill.objectives import Batch
 
     config = ModelConfig(family=family, layers=4, width=32, heads=2)

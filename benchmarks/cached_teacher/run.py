@@ -20,7 +20,7 @@ from codistill.bench.measure import interleaved, machine, summary
 from codistill.build import build
 from codistill.data.tokenizers import load_tokenizer
 from codistill.loading import load, override, to_dict
-from codistill.members import new_model
+from codistill.models import new_model
 from codistill.recipes import find
 from codistill.recipes.sizes import CAUSAL_TINY
 from codistill.teacher_cache import TeacherCache

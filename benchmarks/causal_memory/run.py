@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from codistill.bench.measure import machine, peak_bytes
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import ModelConfig
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 from codistill.objectives import Batch
 from codistill.schedules import constant
 

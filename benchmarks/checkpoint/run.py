@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from codistill.bench.measure import machine
 from codistill.checkpoint import Retention, Saver, Trained
 from codistill.cohort import Cohort, Distillation, Member
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 from codistill.objectives import Batch
 from codistill.recipes import find
 from codistill.schedules import constant

@@ -25,7 +25,7 @@ from codistill.evaluate.encode import encode
 from codistill.evaluate.finetune import predict
 from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.tasks import GLUE, read_split
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 
 LENGTH, WORDS = 128, 8192
 

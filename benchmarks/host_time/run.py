@@ -21,7 +21,7 @@ from codistill.bench.measure import machine
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import ModelConfig
 from codistill.kernels import Edge, linear_cohort_loss
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 from codistill.objectives import Batch
 from codistill.schedules import constant
 

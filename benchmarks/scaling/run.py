@@ -40,7 +40,7 @@ from codistill.build import resolved_precision
 from codistill.cohort import Cohort
 from codistill.config import BatchSize, Data, DistillationConfig, MemberConfig, ModelConfig, Objective, Run
 from codistill.machine import is_out_of_memory, keep_freed_memory
-from codistill.members import Predictor
+from codistill.models import Predictor
 from codistill.objectives import Batch
 from codistill.plan import made_up_batch, made_up_cohort, memory_of, model_of, most_at_once, why_not_try
 from codistill.progress import shown

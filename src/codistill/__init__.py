@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from codistill.kernels import Edge, linear_cohort_loss
     from codistill.loading import load as load_run
     from codistill.member import Member
-    from codistill.members import Predictor
+    from codistill.models import Predictor
     from codistill.objectives import Batch
     from codistill.recipes import find as find_recipe
     from codistill.remap import remap_folder

@@ -27,7 +27,7 @@ from codistill.families.supported import check_documents, check_objective
 from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
-from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.models import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch, CausalLM, MaskedLM
 from codistill.progress import preparing
 from codistill.provenance import pre_trained, provenance

@@ -21,7 +21,7 @@ from codistill.divergences import forward_kl
 from codistill.errors import MachineError, UserError
 from codistill.files import atomic_folder, write_file
 from codistill.kernels import SparseLogits
-from codistill.members import Predictor
+from codistill.models import Predictor
 from codistill.objectives import Batch
 from codistill.progress import Advance, silent
 from codistill.seeds import seed_of

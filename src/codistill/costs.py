@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from codistill import schedules
 from codistill.config import DistillationConfig, ModelConfig, Run
-from codistill.members import Predictor, new_model
+from codistill.models import Predictor, new_model
 
 Shape = tuple[int, ...]
 

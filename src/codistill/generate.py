@@ -13,7 +13,7 @@ from codistill.data.tokenizers import Vocabulary, load_tokenizer
 from codistill.errors import UserError
 from codistill.families import family_of, longest
 from codistill.folders import members_of
-from codistill.members import load_model
+from codistill.models import load_model
 
 
 def generate(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from codistill.config import Run
 from codistill.data.batches import Batches
-from codistill.members import Predictor, load_model
+from codistill.models import Predictor, load_model
 from codistill.remap import initial_state, learn_growth, read_config
 from codistill.seeds import seed_of
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from codistill.errors import UserError
-from codistill.members import Predictor
+from codistill.models import Predictor
 from codistill.schedules import Schedule, problem
 
 

@@ -20,7 +20,7 @@ from codistill.errors import UserError
 from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
 from codistill.kernels.rows import scratch_bytes
 from codistill.member import Member
-from codistill.members import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.models import Predictor, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch
 from codistill.provenance import pre_trained
 

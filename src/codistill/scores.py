@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codistill.distributed import ALONE, Ranks
-from codistill.members import Predictor
+from codistill.models import Predictor
 from codistill.objectives import Batch
 
 _ROWS_AT_ONCE = 512  # bounds the logits held at once; has no influence on a row's loss

@@ -18,7 +18,7 @@ from codistill.bench.measure import interleaved, machine, place_of
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.folders import members_of
-from codistill.members import load_model
+from codistill.models import load_model
 
 Answer = Callable[[np.ndarray], None]  # computes all logits of (B, T) token ids
 PERCENTILES = (50, 90, 99)

@@ -19,7 +19,7 @@ from codistill.build import Built, build
 from codistill.config import DistillationConfig, Run
 from codistill.errors import UserError
 from codistill.families import is_causal, split
-from codistill.members import call_options
+from codistill.models import call_options
 from codistill.objectives import IGNORED, Batch
 from codistill.schedules import value_at
 

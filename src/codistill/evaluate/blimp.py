@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from codistill.data.tokenizers import Vocabulary, encoder_of
 from codistill.errors import UserError, first_line
 from codistill.evaluate.spread import spread
-from codistill.members import Predictor
+from codistill.models import Predictor
 
 COLUMNS = ("UID", "field", "sentence_good", "sentence_bad")
 _TOKENS_AT_ONCE = 4096

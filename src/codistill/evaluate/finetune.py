@@ -26,7 +26,7 @@ from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.spread import spread
 from codistill.families import is_causal
 from codistill.member import Member
-from codistill.members import Predictor
+from codistill.models import Predictor
 from codistill.seeds import seed_of
 from codistill.watch import NonFiniteError
 

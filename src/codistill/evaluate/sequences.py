@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from codistill.members import call_options
+from codistill.models import call_options
 
 
 class SequencePredictor(nn.Module):

@@ -16,7 +16,7 @@ from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
 from codistill.families import is_causal, longest
 from codistill.folders import members_of
-from codistill.members import Predictor, load_model, load_own_tokenizer
+from codistill.models import Predictor, load_model, load_own_tokenizer
 
 
 @dataclass(frozen=True)

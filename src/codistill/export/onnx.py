@@ -24,7 +24,7 @@ from codistill.data.tokenizers import load_tokenizer, vocabulary_size
 from codistill.errors import MachineError, UserError
 from codistill.families import longest
 from codistill.loading import load, read_run
-from codistill.members import load_model
+from codistill.models import load_model
 from codistill.objectives import Batch
 
 TOLERANCE = 1e-4  # by which an ONNX logit may differ from PyTorch's
