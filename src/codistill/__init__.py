@@ -30,7 +30,7 @@ _HOME = {
     "Edge": ("kernels", "Edge"),
     "Layers": ("config", "Layers"),
     "Member": ("member", "Member"),
-    "Predictor": ("members", "Predictor"),
+    "Predictor": ("models", "Predictor"),
     "Run": ("config", "Run"),
     "UserError": ("errors", "UserError"),
     "evaluate": ("evaluate.run", "evaluate"),
