@@ -124,6 +124,7 @@ def test_every_recipe_in_the_concepts_exists():
     ("here", "everywhere", "said"),
     [
         (None, None, "codistill train runs/a/run.yaml --resume"),
+        (None, "1", "codistill train runs/a/run.yaml --resume"),
         ("2", "2", "torchrun --nproc-per-node=2 --no-python codistill train runs/a/run.yaml --resume"),
         ("8", "32", "on every node, as it was started by torchrun: codistill train runs/a/run.yaml --resume"),
     ],

@@ -191,7 +191,10 @@ def ended(process: subprocess.Popen, folder: Path) -> str:
 def test_a_rank_that_is_killed_costs_no_bit(engine, text, tmp_path):
     run = small_run("ctcd", text, "steps=300", "checkpoint.every=20", f"distributed={engine}")
     (tmp_path / "run.yaml").write_text(to_yaml(run))
-    assert both_ranks(run, tmp_path / "undisturbed", engine, [None]).endswith(f": 2 processes, {engine}\n")
+    assert (
+        both_ranks(run, tmp_path / "undisturbed", engine, [None])
+        == f"{tmp_path / 'undisturbed'}: 2 processes, {engine}\n"
+    )
     arguments = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "killed")]
     process = torchrun(tmp_path, arguments, "--max-restarts=1")
     wait_for(lambda: list(tmp_path.glob("killed/checkpoints/step-*")), process, tmp_path)
@@ -216,7 +219,7 @@ def test_a_signal_stops_all_ranks_at_the_same_step(engine, text, tmp_path):
     (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*")
     stop = int(saved.name[5:])
     # What was saved is what a run has that stops there on purpose: no rank was a step ahead.
-    assert both_ranks(run, tmp_path / "again", engine, [stop]).endswith(f": 2 processes, {engine}\n")
+    assert both_ranks(run, tmp_path / "again", engine, [stop]) == f"{tmp_path / 'again'}: 2 processes, {engine}\n"
     for file in (saved / "large" / "model.safetensors", saved / "small" / "optimizer.safetensors"):
         again = tmp_path / "again" / "checkpoints" / saved.name / file.relative_to(saved)
         assert file.read_bytes() == again.read_bytes()

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch.optim import SGD, AdamW
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig, BertLMHeadModel
 
 from codistill import Batch, Cohort, Distillation, Member, Predictor, UserError
 from codistill.divergences import forward_kl
+from codistill.families import is_causal
 from codistill.schedules import build
 from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
 
@@ -78,7 +79,7 @@ def test_precisions_of_matrix_products_are_two(precision):
         Cohort([member("a")], precision=precision)
 
 
-@pytest.mark.parametrize("given", [RAMP, "linear", [1, 0]])
+@pytest.mark.parametrize("given", [RAMP, "linear", [1, 0], torch.ones(2)])
 def test_a_schedule_in_yaml_is_refused_where_a_function_is_wanted(given):
     wanted = r"wanted a number or a function of the step.*codistill\.schedules\.build"
     for name in ("lr", "hard_weight"):
@@ -98,15 +99,16 @@ def test_numbers_and_functions_of_the_step_are_taken(given):
 # ---- modes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_frozen_member_teaches_without_dropout_whoever_put_it_into_training_mode(whole):
+@pytest.mark.parametrize("part", ["predictor", "model", "backbone"])
+def test_a_frozen_member_teaches_without_dropout_whoever_put_it_into_training_mode(part):
     def losses(touched: bool) -> list[float]:
         teacher = member("teacher", trained=False, dropout=0.5)
         student = predictor("student", dropout=0.0)
         members = [teacher, Member("student", student, SGD(student.parameters(), lr=0.0))]
         cohort = Cohort(members, [Distillation("teacher", "student")])
+        model = teacher.predictor.model
         if touched:
-            (teacher.predictor if whole else teacher.predictor.model).train()
+            {"predictor": teacher.predictor, "model": model, "backbone": model.base_model}[part].train()
         return [cohort.step(step, batch(1))["student/from_teacher"].item() for step in range(2)]
 
     assert losses(touched=True) == losses(touched=False)
@@ -129,6 +131,22 @@ def test_a_causal_model_is_not_asked_to_copy_its_input(family):
         with pytest.raises(UserError, match=r"^step 0: the labels are the inputs .* 'a' .*pass causal=True"):
             cohort.step(0, given)
     cohort.step(0, Batch.from_labels(texts(), causal=True))
+
+
+def test_labels_that_only_pick_the_rows_are_taken():
+    student, teacher = member("s", family="gpt2"), member("t", family="gpt2", trained=False)
+    student.hard_weight = lambda step: float(step > 0)
+    cohort = Cohort([teacher, student], [Distillation("t", "s")])
+    cohort.step(0, Batch.from_labels(texts()))
+    with pytest.raises(UserError, match=r"^step 1: .* 's' \(causal\) would learn to copy"):
+        cohort.step(1, Batch.from_labels(texts()))
+
+
+def test_a_causal_class_of_a_masked_family_is_causal():
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
+    assert is_causal(BertLMHeadModel(config))
+    assert not is_causal(predictor("a", family="bert").model)
+    assert not is_causal(torch.nn.Linear(2, 2))
 
 
 def test_labels_that_were_shifted_by_hand_or_are_masked_are_taken():

@@ -26,6 +26,7 @@ from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
 from codistill.study.cells import Cells
 from codistill.study.design import Contrast, edge, frozen, settings
 from codistill.study.execute import Means, Stopped, execute
+from codistill.study.figure import figure_of
 from codistill.study.grids import STUDIES
 from codistill.study.plan import plan_lines
 from codistill.study.run import check_out, run_study, tabulate
@@ -259,6 +260,21 @@ def test_a_stand_alone_model_on_the_plateau_is_named_a_teacher_too():
     found = analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["on_the_plateau"]
     assert [(f["member"], f["seed"]) for f in found] == [("alone/large", 0), ("guide/large", 0)]
     assert [f["below"] for f in found] == pytest.approx([1.4, 0.5])
+
+
+def test_a_figures_rows_are_the_same_in_all_regimes_whatever_is_missing():
+    """The first contrast is missing in the second regime: what is there stays in the second row."""
+    contrasts = [Contrast(label, f"{label}/large", "alone/large") for label in ("one", "two")]
+    study = replace(STUDY, contrasts=contrasts, curves=["alone/large"])
+    cells = [made_up(arm, seed, 5.0 + seed) for arm in ("alone", "one", "two") for seed in (0, 1)]
+    later = [made_up(arm, seed, 5.0 + seed) | {"regime": "20 passes"} for arm in ("alone", "two") for seed in (0, 1)]
+    later.append(made_up("two", 2, 5.0) | {"regime": "20 passes"})
+    later.append(made_up("alone", 2, 5.0) | {"regime": "20 passes"})
+    figure = figure_of(study, analysis(study, "toy", 12, [*cells, *later]), [*cells, *later])
+    first, second = figure.subfigs[1].axes
+    assert [text.get_text() for text in first.get_yticklabels()] == ["one (2)", "two (2 or 3)"]
+    marks = [line.get_ydata()[0] for line in second.get_lines() if line.get_marker() == "o"]
+    assert marks == [1]
 
 
 def test_a_contrast_whose_arm_failed_everywhere_has_an_empty_row():

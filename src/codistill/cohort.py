@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from codistill.distributed import ALONE, Ranks
 from codistill.edges import Distillation
@@ -90,11 +89,8 @@ class Cohort:
                 f"step {step}: {type(micro_batches).__name__} of {len(micro_batches)} came in where a Batch or several "
                 "are wanted; Batch.from_labels makes one of a dictionary with labels"
             )
-        if self._causal and any(batch.copies_inputs for batch in micro_batches):
-            raise UserError(
-                f"step {step}: the labels are the inputs at the same positions, so {self._causal[0]!r} (causal) would "
-                "learn to copy; pass causal=True to Batch.from_labels, which takes the labels from one position on"
-            )
+        if any(batch.copies_inputs for batch in micro_batches):
+            self._check_labels(step)
         active = [(edge, weight) for edge in self.distillation if (weight := edge.weight_at(step)) != 0]
         counts = [_num_rows(micro_batches, self.device), *self._relations.count(micro_batches)]
         counts = self.ranks.sum(counts)
@@ -105,6 +101,15 @@ class Cohort:
             self._backward(total, is_last=index == len(micro_batches) - 1)
         metrics = {name: _sum([parts[name] for parts in losses]) for name in losses[0]}
         return dict(zip(metrics, self.ranks.sum(list(metrics.values())), strict=True))
+
+    def _check_labels(self, step: int) -> None:
+        """UserError where a causal model would learn from labels that stand at its own positions."""
+        for member in self.trained:
+            if member.name in self._causal and value_at(member.hard_weight, step) != 0:
+                raise UserError(
+                    f"step {step}: the labels are the inputs at the same positions, so {member.name!r} (causal) would "
+                    "learn to copy; pass causal=True to Batch.from_labels, which takes the labels from one position on"
+                )
 
     def weight_norms(self) -> dict[str, Tensor]:
         """`NAME/weight_norm` of every trained member: the norm of all its parameters, as device scalars."""
@@ -154,7 +159,7 @@ class Cohort:
             return batch.cached[member.name]
         if member.is_trained:
             _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.ranks.rank, member.noise_key))
-        elif member.predictor.training or member.predictor.model.training:  # a loop that says `teacher.train()`
+        elif any(part.training for part in member.predictor.modules()):  # a loop that says `teacher.train()`
             member.predictor.eval()
         with torch.set_grad_enabled(member.is_trained), self._autocast():
             return member.predictor(batch.inputs, batch.rows_N)
@@ -246,7 +251,7 @@ def _causal(members: Sequence[Member]) -> list[str]:
             f"members: {kinds['mlm']!r} is a masked LM and {kinds['clm']!r} a causal one; they predict different rows "
             "of different inputs, so give each kind a cohort of its own"
         )
-    return [name for name, model in whole.items() if isinstance(model, PreTrainedModel) and is_causal(model)]
+    return [name for name, model in whole.items() if is_causal(model)]
 
 
 def _check_precision(precision: torch.dtype) -> None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,12 +49,17 @@ def remove_folder(place: Path) -> None:
 def write_file(file: Path, content: str | bytes) -> None:
     """Writes `content` so that `file` holds either all of it or what it held before, whatever happens.
 
-    Processes that write the same file at the same time do not disturb one another: the last one's content stays.
+    Processes that write the same file at the same time, on other machines too, do not disturb one another: the last
+    one's content stays.
     """
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    _flush(partial)
-    partial.replace(file)
+    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(partial)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     _flush(file.parent)
 
 

@@ -17,7 +17,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from codistill.config import Layers
 from codistill.divergences import forward_kl
@@ -73,7 +72,7 @@ class Relations:
         inner = [edge for edge in edges if edge.kind != "logits"]
         names = dict.fromkeys(name for edge in inner for name in (edge.teacher, edge.student))
         self._taps = {name: Taps(models[name], name) for name in names}
-        self._is_causal = {name: _is_causal(models[name]) for name in names}
+        self._is_causal = {name: is_causal(models[name]) for name in names}
         self.edges = [self._with_layers(edge) for edge in edges]
         self.projections: dict[str, nn.ModuleDict] = {edge.student: nn.ModuleDict() for edge in inner}
         for edge in self.edges:
@@ -182,10 +181,6 @@ def _before(batch: Batch, seen: Tensor) -> Tensor:
         return seen
     number_BT = (batch.inputs["position_ids"] == 0).cumsum(1)
     return seen & (number_BT[:, None, :, None] == number_BT[:, None, None, :])
-
-
-def _is_causal(model: nn.Module) -> bool:
-    return isinstance(model, PreTrainedModel) and is_causal(model)
 
 
 def _check_heads(edge: Distillation, heads: int, vectors: Sequence[Tensor]) -> None:

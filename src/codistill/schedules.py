@@ -16,6 +16,7 @@ Needs nothing but the standard library: configurations are checked without impor
 import math
 import sys
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 from codistill.errors import UserError
@@ -38,7 +39,7 @@ def value_at(value: float | Schedule, step: int) -> float:
 
 def problem(value: Any) -> str | None:
     """What keeps `value` from being a number (a 0-d tensor too) or a function of the step, in words, or None."""
-    if callable(value) or hasattr(value, "__float__"):
+    if callable(value) or isinstance(value, Real) or getattr(value, "ndim", None) == 0:
         return None
     made = "codistill.schedules.build(specification, steps) makes one of what stands in YAML"
     return f"{value!r}; wanted a number or a function of the step ({made})"

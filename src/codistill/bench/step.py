@@ -106,15 +106,16 @@ def bench_step(
 
 
 def step_flops(run: Run, models: Mapping[str, PreTrainedModel], micro_batches: Sequence[Batch]) -> int:
-    """Of one step: three forward passes for a member that is trained, one for a frozen one that teaches."""
+    """Of one step: three forward passes for a member that is trained, one for a frozen one as far as it teaches."""
     total = 0
     for name, member in run.members.items():
-        if member.frozen and not any(edge.teacher == name for edge in run.distillation):
+        kinds = {edge.kind for edge in run.distillation if edge.teacher == name}
+        if member.frozen and not kinds:
             continue
         for batch in micro_batches:
             sequences, length = batch.inputs["input_ids"].shape
-            once = sum(pass_flops(models[name], sequences=sequences, length=length, rows=len(batch.labels_N)))
-            total += (1 if member.frozen else 3) * once
+            body, head = pass_flops(models[name], sequences=sequences, length=length, rows=len(batch.labels_N))
+            total += body + head * ("logits" in kinds) if member.frozen else 3 * (body + head)
     return total
 
 

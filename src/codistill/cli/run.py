@@ -151,7 +151,7 @@ def again(folder: Path, device: str | None) -> str:
     command = ["codistill", "train", str(folder / "run.yaml"), "--resume"]
     command += ["--device", device] if device else []
     here, everywhere = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("WORLD_SIZE")
-    if here != everywhere:  # how the nodes meet is not known here
+    if here and here != everywhere:  # how the nodes meet is not known here
         return f"on every node, as it was started by torchrun: {shlex.join(command)}"
     launcher = f"torchrun --nproc-per-node={here} --no-python " if here else ""
     return launcher + shlex.join(command)

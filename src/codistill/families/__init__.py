@@ -34,10 +34,10 @@ def family_of(config: PreTrainedConfig) -> Family | None:
     return known.get(config.model_type)
 
 
-def is_causal(model: PreTrainedModel) -> bool:
-    """Whether `model` predicts the next token; a family that the table does not know is asked by its class."""
-    family = family_of(model.config)
-    return type(model).__name__ in CAUSAL_CLASSES if family is None else family.objective == "clm"
+def is_causal(model: nn.Module) -> bool:
+    """Whether `model` predicts the next token: as the table says of its class, or its class's name of any other."""
+    known = known_objective(model)
+    return known == "clm" if known else any(kind.__name__ in CAUSAL_CLASSES for kind in type(model).__mro__)
 
 
 def known_objective(model: nn.Module) -> str | None:

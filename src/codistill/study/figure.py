@@ -26,8 +26,8 @@ def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> 
     from matplotlib.figure import Figure
 
     regimes = list(found["regimes"])
-    rows = max((len(of["contrasts"]) for of in found["regimes"].values()), default=0)
-    heights = [3.2, 0.75 + 0.27 * rows, *([3.6] if study.over_passes else [])]
+    names = _row_names(found)
+    heights = [3.2, 0.75 + 0.27 * len(names), *([3.6] if study.over_passes else [])]
     figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     above: Any = parts[0].subplots(1, max(1, len(regimes)), squeeze=False, sharey=True)[0]
@@ -35,13 +35,22 @@ def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> 
     for column, regime in enumerate(regimes):
         draw_curves(above[column], study, [c for c in cells if c["regime"] == regime])
         above[column].set_title(regime, fontsize=10)
-        draw_contrasts(below[column], found["regimes"][regime]["contrasts"], named=column == 0)
+        draw_contrasts(below[column], found["regimes"][regime]["contrasts"], names, named=column == 0)
     if study.over_passes:
         draw_over_passes(parts[2].subplots(), found)
     return figure
 
 
 _NOT_SHOWN = "#888888"
+
+
+def _row_names(found: Mapping[str, Any]) -> dict[str, str]:
+    """The contrasts of all regimes, each with how many seeds it has."""
+    seeds: dict[str, set[int]] = {}
+    for of in found["regimes"].values():
+        for c in of["contrasts"]:
+            seeds.setdefault(c["label"], set()).add(c["loss"]["seeds"])
+    return {label: f"{label} ({' or '.join(map(str, sorted(of)))})" for label, of in seeds.items()}
 
 
 def draw_over_passes(axes: Any, found: Mapping[str, Any]) -> None:
@@ -136,11 +145,14 @@ def draw_curves(axes: Any, study: Study, cells: Sequence[Cell]) -> None:
         axes.legend(frameon=False, fontsize=7)
 
 
-def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], named: bool) -> None:
-    """Differences of the loss with 95 % intervals, black and filled where the interval excludes 0; in brackets how many
-    seeds."""
-    for row, c in enumerate(contrasts):
-        of = c["loss"]
+def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], names: Mapping[str, str], named: bool) -> None:
+    """Differences of the loss with 95 % intervals, black and filled where the interval excludes 0.
+
+    Each in the row that its label has among `names`, which are written out where the axes are `named`.
+    """
+    rows = {label: row for row, label in enumerate(names)}
+    for c in contrasts:
+        row, of = rows[c["label"]], c["loss"]
         if of["mean"] is None:
             continue
         is_shown = of["verdict"] in ("lower", "higher")
@@ -149,10 +161,9 @@ def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], named: boo
             axes.plot(of["interval"], [row, row], color=colour, linewidth=1.5)
         axes.plot([of["mean"]], [row], "o", color=colour, markersize=5, markerfacecolor=colour if is_shown else "white")
     axes.axvline(0, color="black", linewidth=0.7)
-    names = [f"{c['label']} ({c['loss']['seeds']})" for c in contrasts]
-    axes.set_yticks(range(len(contrasts)), names if named else [""] * len(contrasts))
-    axes.set_ylim(len(contrasts) - 0.5, -0.5)
-    words = "difference of the held-out loss (nats; below 0 is better)\n95 % interval over seeds; black: excludes 0"
+    axes.set_yticks(range(len(names)), list(names.values()) if named else [""] * len(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    words = "difference of the held-out loss (nats; below 0 is better)\n95 % over (so many) seeds; black: excludes 0"
     axes.set_xlabel(words, fontsize=8)
     _plain(axes)
 

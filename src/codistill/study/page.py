@@ -90,8 +90,8 @@ def _difference(of: Mapping[str, Any], digits: int, seeds: int) -> list[str]:
     if of["mean"] is None:
         return ["", "", of["verdict"]]
     interval = "" if of["interval"] is None else f"[{of['interval'][0]:+.{digits}f}, {of['interval'][1]:+.{digits}f}]"
-    fewer = f" ({of['seeds']} seeds)" if of["seeds"] != seeds else ""
-    return [f"{of['mean']:+.{digits}f}", interval + fewer, of["verdict"]]
+    fewer = f"(of {of['seeds']} only)" if of["seeds"] != seeds else ""
+    return [f"{of['mean']:+.{digits}f}", " ".join(filter(None, (interval, fewer))), of["verdict"]]
 
 
 def rows_table(of: Mapping[str, Any]) -> Table:
