@@ -145,8 +145,13 @@ def test_labels_that_only_pick_the_rows_are_taken():
 def test_a_causal_class_of_a_masked_family_is_causal():
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, is_decoder=True)
     assert is_causal(BertLMHeadModel(config))
-    assert not is_causal(predictor("a", family="bert").model)
     assert not is_causal(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "electra", "gpt2", "llama", "qwen3"])
+def test_a_backbone_is_causal_where_its_language_model_is(family):
+    model = predictor("a", family=family).model
+    assert is_causal(model) == is_causal(model.base_model) == (family in ("gpt2", "llama", "qwen3"))
 
 
 def test_labels_that_were_shifted_by_hand_or_are_masked_are_taken():

@@ -51,7 +51,6 @@ class Member:
             raise UserError(
                 f'member {self.name!r}: clip {self.clip!r}; wanted a number above 0 (float("inf") for no clipping)'
             )
-
         for setting in ("lr", "hard_weight"):
             value = getattr(self, setting)
             wrong = None if setting == "lr" and value is None else problem(value)

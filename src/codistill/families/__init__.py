@@ -35,9 +35,12 @@ def family_of(config: PreTrainedConfig) -> Family | None:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether `model` predicts the next token: as the table says of its class, or its class's name of any other."""
-    known = known_objective(model)
-    return known == "clm" if known else any(kind.__name__ in CAUSAL_CLASSES for kind in type(model).__mro__)
+    """Whether `model` predicts the next token, as its class says, a BERT's for generation too; or, of a backbone, its
+    family."""
+    if any(kind.__name__ in CAUSAL_CLASSES for kind in type(model).__mro__):
+        return True
+    family = family_of(model.config) if isinstance(model, PreTrainedModel) else None
+    return family is not None and family.objective == "clm"
 
 
 def known_objective(model: nn.Module) -> str | None:
@@ -78,7 +81,7 @@ def local_window(model: nn.Module) -> int | None:
     """How far the local layers of a masked LM look to either side, where it has such layers beside global ones."""
     config = getattr(model, "config", None)
     has_local = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if not has_local or is_causal(cast(PreTrainedModel, model)):
+    if not has_local or is_causal(model):
         return None
     return cast(int | None, getattr(config, "sliding_window", None))
 
