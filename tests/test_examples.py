@@ -32,7 +32,8 @@ def test_it_is_short(file):
     assert file.read_text().count("\n") < 30
 
 
-def test_the_page_shows_the_examples_as_they_are():
-    shown = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "python.md").read_text(), flags=re.M | re.S)
+def test_the_pages_show_the_examples_as_they_are():
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("python.md", "studies.md"))
+    shown = re.findall(r"^```python\n(.*?)^```", pages, flags=re.M | re.S)
     sources = {file.read_text() for file in EXAMPLES}
     assert set(shown) == sources

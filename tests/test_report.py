@@ -152,12 +152,21 @@ def test_a_page_is_the_same_each_time(folders, known_study, tmp_path):
     assert one == other
 
 
-def test_what_is_no_result_is_one_line(folders, tmp_path):
+def test_a_study_of_ones_own_is_read_where_its_file_is_given(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(sections, "SCALES", {"toy": SCALE})
+    page, _ = write_report([folders["study"]], tmp_path / "report.html", [STUDY])
+    assert {"taught − alone", "-0.275", "Study toy"} <= set(Outside(page.read_text()).cells)
+
+
+def test_what_is_no_result_is_one_line(folders, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"no results\.json that can be read; give folders of finished runs, studies or"
     ):
         write_report([tmp_path], tmp_path / "report.html")
-    with pytest.raises(UserError, match="a study 'toy' at 'toy', which this version does not have"):
+    with pytest.raises(UserError, match="a study at 'toy', a scale that this version does not have"):
+        write_report([folders["study"]], tmp_path / "report.html")
+    monkeypatch.setattr(sections, "SCALES", {"toy": SCALE})
+    with pytest.raises(UserError, match=r"no study of this version is called 'toy'; if it is your own, give its --st"):
         write_report([folders["study"]], tmp_path / "report.html")
     for number, wrong in enumerate(("[]", '{"study": "ctcd"}', '{"members": {}}', "{}", '{"comparisons": null}')):
         (tmp_path / str(number)).mkdir()

@@ -14,6 +14,9 @@ def report(
     /,
     *,
     out: Annotated[Path, Parameter(help="The page; the same as Markdown lies beside it.")] = Path("report.html"),
+    study: Annotated[
+        list[Path] | None, Parameter(negative="", help="The file of a study of your own, if one is among them.")
+    ] = None,
 ) -> None:
     """Write tables and figures of runs, studies and evaluations as one self-contained HTML page, and as Markdown.
 
@@ -23,5 +26,6 @@ def report(
 
     with shown("loading", 1):
         from codistill.report import write_report
-    page, markdown = write_report(folders, out)
+        from codistill.study.find import find_study
+    page, markdown = write_report(folders, out, [find_study(str(file)) for file in study or []])
     console.print(f"page: {page}\nas Markdown: {markdown}", markup=False)

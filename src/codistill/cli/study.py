@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @app.command
 def study(
-    name: Annotated[str, Parameter(help="A study; an unknown name lists them.")],
+    name: Annotated[str, Parameter(help="A study, or a Python file of your own; an unknown name lists them.")],
     /,
     *,
     out: Annotated[Path, Parameter(help="The study's folder; what it holds already is not trained again.")],
@@ -32,7 +32,7 @@ def study(
     Example: codistill study ctcd --data data --out studies/ctcd
     """
     from codistill.progress import shown
-    from codistill.study.grids import STUDIES
+    from codistill.study.find import check_study, find_study
     from codistill.study.run import Request
     from codistill.study.scales import SCALES
 
@@ -41,8 +41,10 @@ def study(
             raise UserError(f"{option} {value}: at least one is needed")
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data}: there is no such folder")
-    wanted = STUDIES[_known(name, STUDIES, "study", "studies")]
-    size = SCALES[_known(scale, SCALES, "scale", "scales")]
+    if scale not in SCALES:
+        raise UserError(f"there is no scale {scale!r}{did_you_mean(scale, SCALES)}; the scales are {', '.join(SCALES)}")
+    wanted, size = find_study(name), SCALES[scale]
+    check_study(wanted, size)
     request = Request(wanted, size, seeds or wanted.seeds, out)
     with shown("planning", 1):
         from codistill.study.plan import plan_lines
@@ -70,9 +72,3 @@ def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str
     console.print(f"cells, table and figure: {request.out}", markup=False)
     if found["failed"]:
         sys.exit(2)
-
-
-def _known(name: str, names, what: str, plural: str) -> str:
-    if name in names:
-        return name
-    raise UserError(f"there is no {what} {name!r}{did_you_mean(name, names)}; the {plural} are {', '.join(names)}")

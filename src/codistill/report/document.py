@@ -8,16 +8,18 @@ from codistill.blocks import Block, Heading, Picture, to_html, to_markdown
 from codistill.errors import UserError
 from codistill.files import machine_error, write_file
 from codistill.report.sections import section
+from codistill.study import Study
 
 
-def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, Path]:
-    """Writes OUT (HTML) and the same with .md, whose pictures lie beside it; returns both."""
+def write_report(folders: Sequence[Path], out: Path, studies: Sequence[Study] = ()) -> tuple[Path, Path]:
+    """Writes OUT (HTML) and the same with .md, whose pictures lie beside it; returns both. `studies`: what may be among
+    `folders` besides the studies that codistill has."""
     if out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
     title = "Codistill: what came out"
     blocks: list[Block] = [Heading(title, 1)]
     for number, folder in enumerate(folders, start=1):
-        blocks += [_numbered(block, number) for block in section(folder)]
+        blocks += [_numbered(block, number) for block in section(folder, studies)]
     markdown = out.with_suffix(".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """What a page says of a folder: a run, a study or an evaluation."""
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
 from codistill.errors import UserError
 from codistill.loading import to_yaml
 from codistill.report.run import curves_figure, read_results, scores_of, untaught_twins, versus
+from codistill.study import Study
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
 from codistill.study.page import study_blocks
@@ -16,8 +17,8 @@ from codistill.study.run import Request, known_cells, summary
 from codistill.study.scales import SCALES
 
 
-def section(folder: Path) -> list[Block]:
-    """The blocks of one folder; UserError where it is none of the three."""
+def section(folder: Path, studies: Sequence[Study] = ()) -> list[Block]:
+    """The blocks of one folder; UserError where it is none of the three. `studies`: besides those of codistill."""
     try:
         results = read_results(folder)
         assert isinstance(results, dict)
@@ -25,9 +26,12 @@ def section(folder: Path) -> list[Block]:
         raise UserError(
             f"{folder}: no results.json that can be read; give folders of finished runs, studies or evaluations"
         ) from None
-    of = _run if (folder / "run.yaml").is_file() else _study if "study" in results else _evaluation
     try:
-        return of(folder, results)
+        if (folder / "run.yaml").is_file():
+            return _run(folder, results)
+        if "study" in results:
+            return _study(folder, results, {**STUDIES, **{study.name: study for study in studies}})
+        return _evaluation(folder, results)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder}: its results.json is no run's, study's or evaluation's of this version") from None
 
@@ -71,11 +75,15 @@ def _member(name: str, member: Mapping[str, Any]) -> list[str]:
 # ---- a study -------------------------------------------------------------------------------------
 
 
-def _study(folder: Path, results: Mapping[str, Any]) -> list[Block]:
+def _study(folder: Path, results: Mapping[str, Any], studies: Mapping[str, Study]) -> list[Block]:
     name = results["study"]
-    if name not in STUDIES or results["scale"] not in SCALES:
-        raise UserError(f"{folder}: a study {name!r} at {results['scale']!r}, which this version does not have")
-    study, scale = STUDIES[name], SCALES[results["scale"]]
+    if results["scale"] not in SCALES:
+        raise UserError(f"{folder}: a study at {results['scale']!r}, a scale that this version does not have")
+    if name not in studies:
+        raise UserError(
+            f"{folder}: no study of this version is called {name!r}; if it is your own, give its --study FILE"
+        )
+    study, scale = studies[name], SCALES[results["scale"]]
     seeds = results["arms"] // len(study.arms(scale, 0))
     request = Request(study, scale, seeds, folder)
     cells = known_cells(request)

@@ -1,0 +1,125 @@
+"""A study by its name, or from a Python file of one's own, with everything that can be wrong with it found before
+anything is trained.
+"""
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
+
+from codistill.config import Data, Run
+from codistill.errors import UserError, did_you_mean
+from codistill.loading import load, to_dict
+from codistill.study.arms import Arm, grouped, keys_of, merged
+from codistill.study.design import Study
+from codistill.study.grids import STUDIES
+from codistill.study.scales import Scale
+
+_T = TypeVar("_T")
+_TEXT = ["text"]  # for a look at what a run says but for its text
+_MODULE = "codistill_own_study"
+
+
+def find_study(name: str) -> Study:
+    """The study of that name, or the `STUDY` of the Python file `name`; UserError where there is none."""
+    if name.endswith(".py"):
+        return _in_file(Path(name))
+    if name in STUDIES:
+        return STUDIES[name]
+    raise UserError(
+        f"there is no study {name!r}{did_you_mean(name, STUDIES)}; the studies are {', '.join(STUDIES)}, or a file of "
+        "your own, as in mine.py (docs/studies.md)"
+    )
+
+
+def _in_file(file: Path) -> Study:
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file; give a study's name or a Python file that has a STUDY")
+    module = _tried(file, lambda: _run(file))
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise UserError(f"{file}: its STUDY is {study!r}; give it STUDY = Study(…), of codistill.study")
+    if study.name in STUDIES:
+        raise UserError(f"{file}: codistill has a study {study.name!r} itself; give yours another name")
+    return replace(study, arms=lambda scale, seed: _tried(file, lambda: study.arms(scale, seed)))
+
+
+def _run(file: Path) -> ModuleType:
+    spec = spec_from_file_location(_MODULE, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[_MODULE] = module_from_spec(spec)  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def _tried(file: Path, call: Callable[[], _T]) -> _T:
+    """What `call`, which runs code of `file`, returns; what it raises as one line with its place."""
+    try:
+        return call()
+    except UserError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        place = f" in line {lines[-1]}" if lines else ""
+        raise UserError(f"{file}: {type(error).__name__}{place}: {' '.join(str(error).split())}") from error
+
+
+def check_study(study: Study, scale: Scale) -> None:
+    """UserError where the study's arms, contrasts or curves do not fit together, or a cohort of it is no valid run."""
+    arms = study.arms(scale, 0)
+    _check_arms(study, arms)
+    _check_names(study, arms)
+    keys_of(arms)
+    for arm in arms:
+        _check_run(
+            f"study {study.name}, arm {arm.name}",
+            replace(arm.run, data=replace(arm.run.data, train=_TEXT, validation=_TEXT)),
+        )
+    for group in grouped(arms, scale.most_members):
+        run = merged(group, Data(train=_TEXT, validation=_TEXT), {of: "folder" for arm in group for of in arm.sources})
+        _check_run(f"study {study.name}, the cohort of {', '.join(arm.name for arm in group)}", run)
+
+
+def _check_run(whose: str, run: Run) -> None:
+    try:
+        load(to_dict(run))
+    except UserError as error:
+        raise UserError(f"{whose}: {error}") from None
+
+
+def _check_arms(study: Study, arms: Sequence[Arm]) -> None:
+    if not arms:
+        raise UserError(f"study {study.name}: it has no arms; have its function return some")
+    twice = [place for place, count in Counter(arm.place for arm in arms).items() if count > 1]
+    if twice:
+        regime, name, _ = twice[0]
+        raise UserError(f"study {study.name}: two arms are called {name!r} in the regime {regime!r}; rename one")
+    other = next((arm for arm in arms if arm.seed != 0), None)
+    if other is not None:
+        raise UserError(
+            f"study {study.name}: asked for seed 0, it returns the arm {other.name!r} of seed {other.seed}; give "
+            "`settings` the seed that the function was called with"
+        )
+
+
+def _check_names(study: Study, arms: Sequence[Arm]) -> None:
+    """Every contrast has both sides in one regime, every curve is there."""
+    regimes: dict[str, set[str]] = {}
+    for arm in arms:
+        regimes.setdefault(arm.regime, set()).update(f"{arm.name}/{role}" for role in arm.run.trained)
+    known = sorted(set().union(*regimes.values()))
+    wanted = [(f"contrast {c.label!r}", {c.treated, c.control}) for c in study.contrasts]
+    for where, names in [*wanted, *((f"curve {name!r}", {name}) for name in study.curves)]:
+        for name in sorted(names - {*known}):
+            raise UserError(
+                f"study {study.name}, {where}: no arm trains {name!r}{did_you_mean(name, known)}; wanted ARM/ROLE, one "
+                f"of {', '.join(known)}"
+            )
+        if not any(names <= there for there in regimes.values()):
+            raise UserError(f"study {study.name}, {where}: no regime has both sides; compare within one")
