@@ -9,7 +9,8 @@ from transformers import BertConfig, BertForMaskedLM
 from codistill.bench import step as bench
 from codistill.bench import step_providers
 from codistill.bench.latency import bench_latency
-from codistill.costs import forward_cost, head_flops
+from codistill.build import build
+from codistill.costs import forward_cost, head_flops, pass_flops
 from codistill.errors import UserError
 from codistill.models import Predictor
 from codistill.train import train
@@ -79,6 +80,10 @@ def test_only_what_computes_the_same_gradients_is_timed(recipe, text, monkeypatc
     run = small_run(recipe, text, "batch={sequences: 4}", "precision=float32")
     result = bench.bench_step(run, runs=1, out=tmp_path / "step.json")
     rows = {row["provider"]: row for row in result["results"]}
+    built = build(run, torch.device("cpu"))
+    (micro_batch,) = built.batches.at(0)
+    sizes = {"sequences": 4, "length": 32, "rows": len(micro_batch.labels_N)}
+    assert result["run"]["flops"] == 3 * sum(sum(pass_flops(model, **sizes)) for model in built.models.values())
     for name in ("ours", "plain", "plain, all rows"):
         assert rows[name]["cosine"] == pytest.approx(1, abs=1e-6)
         assert rows[name]["norm_ratio"] == pytest.approx(1, abs=1e-5)

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.optim import SGD, AdamW
 from transformers import AutoModelForMaskedLM, BertConfig, BertLMHeadModel
 
@@ -87,6 +88,13 @@ def test_a_schedule_in_yaml_is_refused_where_a_function_is_wanted(given):
             lone(**{name: given})
     with pytest.raises(UserError, match=rf"^edge 'large' -> 'small': weight .*; {wanted}"):
         Distillation("large", "small", weight=given)
+
+
+@pytest.mark.parametrize("given", [-1e-9, math.nan, math.inf, np.float32("nan")])
+def test_a_number_that_is_negative_or_not_finite_is_refused_when_the_member_is_made(given):
+    for name in ("lr", "hard_weight"):
+        with pytest.raises(UserError, match=rf"^member 'lone': {name} .*; wanted a finite number of at least 0"):
+            lone(**{name: given})
 
 
 @pytest.mark.parametrize("given", [1, 0.5, np.float32(0.5), torch.tensor(0.5), build(RAMP, 4)])
@@ -185,6 +193,12 @@ def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_p
     compiled = Predictor(model, VOCABULARY)(given.inputs, given.rows_N)
     assert graphs
     torch.testing.assert_close(compiled, plain)
+
+
+def test_what_spreads_a_model_over_devices_is_refused_with_the_remedy():
+    wrapped = nn.DataParallel(predictor("a", family="bert").model)
+    with pytest.raises(UserError, match=r"DataParallel wraps a BertForMaskedLM; give the model itself, .*\.start\(\)"):
+        Predictor(wrapped, VOCABULARY)
 
 
 # ---- saving ------------------------------------------------------------------------------------

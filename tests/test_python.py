@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from pathlib import Path
 from types import ModuleType
 
@@ -213,7 +214,12 @@ def test_an_optimizer_has_all_of_its_members_parameters_and_no_others():
     [
         ({"student": "large"}, "'large' cannot teach itself"),
         ({"divergence": "kl"}, "divergence 'kl'; wanted forward_kl"),
-        ({"weight": -1.0}, r"weight -1\.0; wanted at least 0"),
+        ({"weight": -1.0}, r"weight -1\.0; wanted a finite number of at least 0"),
+        ({"weight": math.nan}, r"weight nan; wanted a finite number of at least 0"),
+        ({"temperature": 0}, r"temperature 0; wanted a finite number above 0"),
+        ({"temperature": -2.0}, r"temperature -2\.0; wanted a finite number above 0"),
+        ({"temperature": math.nan}, r"temperature nan; wanted a finite number above 0"),
+        ({"temperature": None}, r"temperature None; wanted a finite number above 0"),
     ],
 )
 def test_an_edge_that_cannot_be_is_refused_when_it_is_made(settings, message):

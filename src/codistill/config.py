@@ -4,7 +4,9 @@ Nothing here imports torch, so a configuration is checked in a fraction of a sec
 every weight take a number or a schedule (`codistill.schedules`).
 """
 
+import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from codistill.schedules import Spec
@@ -157,8 +159,8 @@ def edge_problem(edge: Any) -> str | None:
         return f"{edge.teacher!r} cannot teach itself; name another teacher or student"
     if isinstance(edge.divergence, str) and edge.divergence not in _DIVERGENCES:
         return f"divergence {edge.divergence!r}; wanted {', '.join(_DIVERGENCES)}"
-    if isinstance(edge.weight, int | float) and edge.weight < 0:
-        return f"weight {edge.weight}; wanted at least 0"
+    if not isinstance(edge.temperature, Real) or not 0 < float(edge.temperature) < math.inf:
+        return f"temperature {edge.temperature!r}; wanted a finite number above 0"
     if edge.kind not in ("logits", "hidden", "relation"):
         return f"kind {edge.kind!r}; wanted logits, hidden or relation"
     if edge.kind == "logits":

@@ -38,8 +38,11 @@ def value_at(value: float | Schedule, step: int) -> float:
 
 
 def problem(value: Any) -> str | None:
-    """What keeps `value` from being a number (a 0-d tensor too) or a function of the step, in words, or None."""
-    if callable(value) or isinstance(value, Real) or getattr(value, "ndim", None) == 0:
+    """What keeps `value` from being a finite number ≥ 0 or a function of the step, in words, or None. A 0-d tensor may
+    be on a device, which is not asked."""
+    if isinstance(value, Real):
+        return None if 0 <= float(value) <= _LARGEST else f"{value!r}; wanted a finite number of at least 0"
+    if callable(value) or getattr(value, "ndim", None) == 0:
         return None
     made = "codistill.schedules.build(specification, steps) makes one of what stands in YAML"
     return f"{value!r}; wanted a number or a function of the step ({made})"

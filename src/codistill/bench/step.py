@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from codistill.bench.measure import interleaved, machine, peak_bytes, place_of, summary
 from codistill.bench.phases import phases, product_rate
@@ -18,7 +17,7 @@ from codistill.bench.step_peers import modelopt, pytorch_dml, textbrewer
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
 from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
-from codistill.costs import pass_flops
+from codistill.costs import member_flops
 from codistill.errors import UserError
 from codistill.loading import to_dict
 from codistill.machine import keep_freed_memory
@@ -81,7 +80,10 @@ def bench_step(
         rows[name]["peak_bytes"] = peak_bytes(_turn(loop, batches), place.type)
     for name, seconds in interleaved({n: _turn(loop, batches) for n, loop in loops.items()}, runs, place.type).items():
         rows[name]["seconds"] = summary(seconds)
-    flops, tokens = step_flops(run, built.models, batches[0]), run.batch.sequences * run.data.length
+    rows_of_step = sum(len(batch.labels_N) for batch in batches[0])
+    cost = member_flops(run, built.models, rows=rows_of_step, steps=len(batches))
+    flops = round(sum(of["own"] for of in cost.values()) / len(batches))
+    tokens = run.batch.sequences * run.data.length
     rate = product_rate(place, getattr(torch, run.precision))
     for row in rows.values():
         if "seconds" in row:
@@ -103,20 +105,6 @@ def bench_step(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=1) + "\n")
     return result
-
-
-def step_flops(run: Run, models: Mapping[str, PreTrainedModel], micro_batches: Sequence[Batch]) -> int:
-    """Of one step: three forward passes for a member that is trained, one for a frozen one as far as it teaches."""
-    total = 0
-    for name, member in run.members.items():
-        kinds = {edge.kind for edge in run.distillation if edge.teacher == name}
-        if member.frozen and not kinds:
-            continue
-        for batch in micro_batches:
-            sequences, length = batch.inputs["input_ids"].shape
-            body, head = pass_flops(models[name], sequences=sequences, length=length, rows=len(batch.labels_N))
-            total += body + head * ("logits" in kinds) if member.frozen else 3 * (body + head)
-    return total
 
 
 def _turn(loop: Loop, batches: Sequence[Sequence[Batch]]) -> Callable[[], None]:

@@ -44,12 +44,7 @@ def found(model: nn.Module) -> Parts:
     The proof: on random tokens, and with all parameters moved at random, so that no scale of 1 or bias of 0 hides.
     """
     name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    inner = getattr(model, "_orig_mod", None)
-    if inner is not None:
-        raise UserError(
-            f"{name!r}: {type(model).__name__} wraps a {type(inner).__name__}; give the model itself, whose layers "
-            "compile in place with model.base_model.compile()"
-        )
+    _check_not_wrapped(name, model)
     output = _output_embedding(model)
     if output is None:
         raise UserError(
@@ -65,6 +60,18 @@ def found(model: nn.Module) -> Parts:
             "is; say where its parts are with Predictor.from_module(module, features, output, vocabulary=…)"
         )
     return Parts(Bypass(model, output), output)
+
+
+def _check_not_wrapped(name: str, model: nn.Module) -> None:
+    """UserError for what `torch.compile`, DataParallel and their like make of a model."""
+    compiled, spread = getattr(model, "_orig_mod", None), getattr(model, "module", None)
+    remedy = "whose layers compile in place with model.base_model.compile()"
+    if compiled is None:
+        remedy = "and the cohort ranks=codistill.distributed.start() on several processes (docs/python.md)"
+    inner = compiled if compiled is not None else spread
+    if isinstance(inner, nn.Module):
+        wrapper = type(model).__name__
+        raise UserError(f"{name!r}: {wrapper} wraps a {type(inner).__name__}; give the model itself, {remedy}")
 
 
 def _output_embedding(model: nn.Module) -> nn.Linear | None:
