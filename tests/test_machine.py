@@ -10,10 +10,12 @@ import torch
 from codistill.build import build
 from codistill.cohort import Cohort, Distillation
 from codistill.kernels import compiled_rows
-from codistill.loading import read_run
+from codistill.loading import load, override, read_run, to_dict
 from codistill.machine import compile_layers, is_out_of_memory, why_not_compile
+from codistill.recipes import find
 from codistill.train import Stopped, train
 from cohorts import batch, member
+from plans import planned_and_counted_memory
 from runs import assert_same_run, small_run
 
 # PyTorch's compiler warns of itself: of a part of PyTorch that it imports, and of gradients that it looks for.
@@ -76,6 +78,16 @@ def test_a_compiled_run_resumes_bit_for_bit_and_is_scored_without_the_compiler(t
     assert read_run(whole / "run.yaml")["compile"] is True
     resolved = replace(run, precision="float32")
     assert build(resolved, torch.device("cpu")).cohort.compiled
+
+
+@COMPILES
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_plan_of_a_compiled_runs_memory_is_within_15_percent(precision):
+    settings = ["members.large.model.width=128", "members.small.model.width=64", "data.tokenizer=train:wordpiece:8000"]
+    settings += ["compile=true", f"precision={precision}", "batch.sequences=16"]
+    planned, counted = planned_and_counted_memory(load(override(to_dict(find("ctcd:tiny")), settings)))
+    assert planned == pytest.approx(counted, rel=0.15)
 
 
 @pytest.mark.parametrize(
