@@ -1,9 +1,12 @@
 """Small cohorts and batches that tests share. 30,000 parameters a model: a step takes milliseconds."""
 
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.optim import AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.cohort import Cohort, Member
 from codistill.config import ModelConfig
@@ -49,3 +52,18 @@ def assert_same_bits(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor])
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Looks(TorchDispatchMode):
+    """Collects reads of a tensor's value, for each of which the host would wait on an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
+            place = next(f for f in reversed(traceback.extract_stack()) if "codistill" in f.filename)
+            self.found.append(f"{Path(place.filename).name}: {place.line}")
+        return func(*args, **(kwargs or {}))

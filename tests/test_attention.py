@@ -6,6 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from codistill import attention as short
+from codistill.data.packing import document_mask
+from cohorts import VOCABULARY, Looks, predictor
 
 
 class Layer(torch.nn.Module):
@@ -116,3 +118,46 @@ def test_a_chosen_implementation_stays():
     model.set_attn_implementation("eager")
     short.use_short_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+# ---- masks without a look at values ------------------------------------------------------------
+
+
+CUDA = torch.device("cuda")
+
+
+def packed(length: int = 16) -> dict[str, torch.Tensor]:
+    ids = torch.randint(VOCABULARY, (3, length), generator=torch.Generator().manual_seed(2))
+    starts = torch.tensor([[0, 0], [0, 5], [0, 11]])
+    places = torch.arange(length)
+    return {"input_ids": ids, "position_ids": torch.where(places < starts[:, 1:], places, places - starts[:, 1:])}
+
+
+def padded(length: int = 16) -> dict[str, torch.Tensor]:
+    shown = torch.arange(length) < torch.tensor([[16], [9], [4]])
+    return {"input_ids": packed()["input_ids"], "attention_mask": shown.long()}
+
+
+CASES = {
+    "one text a row": lambda: {"input_ids": packed()["input_ids"]},
+    "several texts a row": packed,
+    "padding": padded,
+    "a mask that hides nothing": lambda: padded() | {"attention_mask": torch.ones(3, 16, dtype=torch.int64)},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("family", ["modernbert", "bert", "gpt2", "llama", "qwen3", "gemma3_text"])
+def test_masks_that_are_made_unread_say_the_same(family, case, monkeypatch):
+    inputs = CASES[case]()
+    if case == "several texts a row" and family in ("modernbert", "bert"):
+        inputs["attention_mask"] = torch.from_numpy(document_mask(inputs["position_ids"].numpy()))
+    model = predictor("one", 2, family=family, dropout=0.0).eval()
+    shown = inputs["attention_mask"] if case == "padding" else torch.ones(3, 16)
+    rows_N = shown.flatten().nonzero()[:, 0]
+    wanted = model(inputs, rows_N)
+    monkeypatch.setattr("codistill.models.unread_masks", lambda inputs, _: short.unread_masks(inputs, CUDA))
+    with Looks() as looks:
+        found = model(inputs, rows_N)
+    assert looks.found == []
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -1,18 +1,14 @@
 """The contract of one training step (docs/concepts.md): who learns, from what, and with which bits."""
 
-import traceback
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional
 from torch.optim import SGD, AdamW
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.objectives import Batch
 from codistill.schedules import build, constant
-from cohorts import assert_same_bits, batch, member, parameters, predictor, run
+from cohorts import Looks, assert_same_bits, batch, member, parameters, predictor, run
 
 FAMILIES = ["modernbert", "llama", "gpt2"]
 BOTH_WAYS = [Distillation("large", "small"), Distillation("small", "large")]
@@ -256,21 +252,6 @@ def test_bfloat16_keeps_parameters_and_losses_in_float32():
     assert all(p.dtype == torch.float32 for p in cohort.members["large"].parameters)
     exact = Cohort([member("large", 2), member("small")], BOTH_WAYS).step(0, [batch(1)])
     assert metrics["large/hard"].item() == pytest.approx(exact["large/hard"].item(), rel=1e-2)
-
-
-class Looks(TorchDispatchMode):
-    """Collects reads of a tensor's value, for each of which the host would wait on an accelerator."""
-
-    def __init__(self):
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select"):
-            place = next(f for f in reversed(traceback.extract_stack()) if "codistill" in f.filename)
-            self.found.append(f"{Path(place.filename).name}: {place.line}")
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_step_waits_for_the_device_nowhere_but_where_there_is_none():

@@ -1,13 +1,17 @@
-"""Attention for short sequences in bfloat16 on a CPU, where PyTorch's own spends most of a small model's time.
+"""What transformers' models do for attention, where it can be done better without a change of their numbers: short
+sequences in bfloat16 on a CPU, where PyTorch's own attention spends most of a small model's time; and masks on an
+accelerator, which transformers makes after a look at values, for which the host would wait in every pass.
 
 Shape suffixes: B sequences, H heads, Q queries, T keys, E width of a head.
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -77,3 +81,56 @@ def _masked(weights_BHQT: Tensor, mask: Tensor) -> Tensor:
 
 AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+# ---- masks without a look at values ------------------------------------------------------------
+
+_are_packed: bool | None = None  # inside `unread_masks` whether rows hold several sequences; None outside
+
+
+@contextmanager
+def unread_masks(inputs: Mapping[str, Any], device: torch.device) -> Iterator[None]:
+    """Inside, transformers makes its masks for `inputs` of a backbone without reading a tensor of an accelerator.
+
+    It would look whether `position_ids`, which it makes itself where there are none, begin anew within a row, and
+    whether a padding mask hides anything. Here they do where they are given, and it does: a mask is then made where it
+    could have been left out, and says the same. On a CPU, where looking is free, nothing changes.
+    """
+    if device.type == "cpu":
+        yield
+        return
+    global _are_packed  # a plain name, because PyTorch's compiler follows no context variables
+    before, _are_packed = _are_packed, "position_ids" in inputs
+    try:
+        yield
+    finally:
+        _are_packed = before
+
+
+def _sequence_numbers(of_transformers: Callable[[Tensor], Tensor | None], position_ids: Tensor) -> Tensor | None:
+    """(B, T) of which sequence of its row each position is, None where every row is one."""
+    if _are_packed is None:
+        return of_transformers(position_ids)
+    if not _are_packed:
+        return None
+    steps_BT = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
+    return (steps_BT != 1).cumsum(-1)
+
+
+def _has_no_use(of_transformers: Callable[..., bool], padding_mask: Tensor | None, *args: Any, **options: Any) -> bool:
+    """Whether a mask can be left out."""
+    if _are_packed is not None and padding_mask is not None:
+        return False
+    return of_transformers(padding_mask, *args, **options)
+
+
+def _put_before(name: str, instead: Callable[..., Any]) -> None:
+    """Has transformers call `instead` with its own function `name`, if it is there, and the arguments."""
+    own = getattr(masking_utils, name, None)
+    if own is not None:
+        setattr(masking_utils, name, lambda *args, **options: instead(own, *args, **options))
+
+
+_put_before("find_packed_sequence_indices", _sequence_numbers)
+_put_before("_ignore_causal_mask_sdpa", _has_no_use)
+_put_before("_ignore_bidirectional_mask_sdpa", _has_no_use)

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from codistill.attention import use_short_attention
+from codistill.attention import unread_masks, use_short_attention
 from codistill.config import ModelConfig
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import UserError, first_line
@@ -105,7 +105,8 @@ class Predictor(nn.Module):
         if self._window is not None and mask is not None and mask.dim() == 4:
             by_kind: dict[str, Any] = {"attention_mask": _for_each_kind_of_layer(mask, self._window)}
             inputs = {**inputs, **by_kind}
-        return self._parts.features(inputs, rows_N)
+        with unread_masks(inputs, rows_N.device):
+            return self._parts.features(inputs, rows_N)
 
     @property
     def output_weight(self) -> Tensor | None:

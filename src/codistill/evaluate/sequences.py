@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from codistill.attention import unread_masks
 from codistill.models import call_options
 
 
@@ -39,7 +40,8 @@ class SequencePredictor(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
         # A cohort's members may be of different families, and not all are told which of two texts a token is of.
         wanted = {name: tensor for name, tensor in inputs.items() if self._has_types or name != "token_type_ids"}
-        hidden_BTD = self.backbone(**wanted, **self._options).last_hidden_state
+        with unread_masks(wanted, rows_N.device):
+            hidden_BTD = self.backbone(**wanted, **self._options).last_hidden_state
         pooled_BD = _pooled(hidden_BTD, inputs.get("attention_mask"), self.pooling)
         return self.head(pooled_BD.index_select(0, rows_N))
 
