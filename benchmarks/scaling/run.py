@@ -34,11 +34,11 @@ from rich.table import Table
 
 from codistill.bench.measure import interleaved, live_bytes, machine, summary
 from codistill.bench.phases import phases, product_rate
-from codistill.bench.step import step_flops
 from codistill.blocks import COLOURS
 from codistill.build import resolved_precision
 from codistill.cohort import Cohort
 from codistill.config import BatchSize, Data, DistillationConfig, MemberConfig, ModelConfig, Objective, Run
+from codistill.costs import member_flops
 from codistill.machine import is_out_of_memory, keep_freed_memory
 from codistill.models import Predictor
 from codistill.objectives import Batch
@@ -116,7 +116,7 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
     batch = made_up_batch(run, point.vocabulary).to(device)
     memory = memory_of(run, models, point.vocabulary, precision, device.type)
     predicted = most_at_once(memory)
-    flops = step_flops(run, models, [batch])
+    flops = sum(of["own"] for of in member_flops(run, models, rows=len(batch.labels_N), steps=1).values())
     parameters = sum(Predictor(model, point.vocabulary).num_parameters for model in models.values())
     row = asdict(point) | {"rows": len(batch.labels_N), "parameters": parameters}
     row |= {"flops": flops, "predicted_bytes": predicted}
