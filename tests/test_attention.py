@@ -1,9 +1,11 @@
 """Short attention in bfloat16 on a CPU: PyTorch's function, no less exact, and only where it is meant to be."""
 
+import threading
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, masking_utils
 
 from codistill import attention as short
 from codistill.data.packing import document_mask
@@ -161,3 +163,25 @@ def test_masks_that_are_made_unread_say_the_same(family, case, monkeypatch):
         found = model(inputs, rows_N)
     assert looks.found == []
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_thread_is_told_of_its_rows_is_its_own():
+    """Two passes that overlap, on threads of their own, and a third that is told nothing."""
+    inside, told = threading.Barrier(2), {}
+
+    def one(name, inputs):
+        with short.unread_masks(inputs, CUDA):
+            inside.wait()
+            told[name] = masking_utils.find_packed_sequence_indices(packed()["position_ids"]) is None
+            inside.wait()
+
+    threads = [
+        threading.Thread(target=one, args=("plain", {})),
+        threading.Thread(target=one, args=("packed", packed())),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == {"plain": True, "packed": False}
+    assert masking_utils.find_packed_sequence_indices(packed()["position_ids"]) is not None

@@ -201,6 +201,13 @@ def test_what_spreads_a_model_over_devices_is_refused_with_the_remedy():
         Predictor(wrapped, VOCABULARY)
 
 
+def test_a_model_that_has_a_part_called_module_is_no_wrapper():
+    model = predictor("a", family="bert").model
+    model.module = nn.Linear(2, 2)
+    model.config.model_type = "of my own"  # so that it is cut where its logits are proven
+    assert Predictor(model, VOCABULARY).output_weight is model.get_output_embeddings().weight
+
+
 # ---- saving ------------------------------------------------------------------------------------
 
 

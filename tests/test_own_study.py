@@ -1,5 +1,6 @@
 """A study in a file of one's own: it runs, and whatever is wrong with it is said before anything is trained."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from codistill.cli import main
 from codistill.errors import UserError
-from codistill.study import Contrast, edge
+from codistill.study import Contrast, edge, frozen
 from codistill.study.find import check_study, find_study
 from codistill.study.run import run_study
 from studies import SCALE, STUDY, data_folder, request
@@ -39,6 +40,7 @@ RIGHT = 'def arms(scale, seed):\n    return []\nSTUDY = Study("mine", "?", arms,
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("from beside import NOTHING", r"mine\.py: ImportError in line 1: cannot import name 'NOTHING' from 'beside'"),
         (None, r"mine\.py: there is no such file; give a study's name or a Python file that has a STUDY"),
         ("x = 1", r"mine\.py: its STUDY is None; give it STUDY = Study"),
         (START + "STUDY = Study", r"mine\.py: its STUDY is <class"),
@@ -50,8 +52,11 @@ RIGHT = 'def arms(scale, seed):\n    return []\nSTUDY = Study("mine", "?", arms,
         (START + RIGHT.replace("[]", "[][scale]", 1), r"mine\.py: TypeError in line 3: list indices"),
     ],
 )
-def test_a_file_that_is_no_study_is_one_line(source, message, tmp_path):
-    file = tmp_path / "mine.py"
+def test_a_file_that_is_no_study_is_one_line(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    file = Path("mine.py")
+    Path("beside.py").touch()
     if source is not None:
         file.write_text(source)
     with pytest.raises(UserError, match=message) as raised:
@@ -72,6 +77,26 @@ def with_unknown_teacher(arms):
     return [replace(arm, run=replace(arm.run, distillation=[edge("nobody", "large")])) for arm in arms]
 
 
+def with_other_roles(arms):
+    return [from_alone(arm) if arm.name == "taught" else arm for arm in arms]
+
+
+def from_alone(arm):
+    members = arm.run.members | {"teacher": frozen("alone")}
+    return replace(arm, run=replace(arm.run, members=members))
+
+
+def in_a_circle(arms):
+    taught = next(arm for arm in arms if arm.name == "taught")
+    members = taught.run.members | {"teacher": frozen("taught", "large")}
+    return [replace(taught, run=replace(taught.run, members=members))]
+
+
+def with_tokenizers(arms):
+    other = replace(arms[0].run, data=replace(arms[0].run.data, tokenizer="train:wordpiece:400"))
+    return [replace(arms[0], run=other), *arms[1:]]
+
+
 def of_two_regimes(arms):
     return [replace(arm, regime="other") if arm.name in ("taught", "teacher") else arm for arm in arms]
 
@@ -82,9 +107,9 @@ def of_two_regimes(arms):
         (changed(lambda arms: arms + arms[:1]), "study toy: two arms are called 'alone' in the regime 'one pass'"),
         (
             changed(lambda arms: [replace(arm, seed=1) for arm in arms]),
-            "asked for seed 0, it returns the arm 'alone' of",
+            "the arm 'alone' does not heed the seed that its function is",
         ),
-        (changed(without_teacher), "its teacher 'teacher' is no arm of the study"),
+        (changed(without_teacher), "arm taught: it needs teacher/teacher, and 'teacher' is no arm of the study"),
         (changed(with_unknown_teacher), "study toy, arm alone: distillation.*teacher: .*'nobody'"),
         (
             changed(contrasts=[Contrast("c", "taught/larg", "alone/large")]),
@@ -93,6 +118,13 @@ def of_two_regimes(arms):
         (changed(contrasts=[Contrast("c", "taught/teacher", "alone/large")]), "no arm trains 'taught/teacher'"),
         (changed(curves=["alone/small"]), "curve 'alone/small': no arm trains 'alone/small'"),
         (changed(of_two_regimes), "no regime has both sides; compare within one"),
+        (changed(with_other_roles), "arm taught: it needs alone/teacher, and the arm 'alone' trains large"),
+        (changed(in_a_circle), "what it needs is not there, or needs it in turn"),
+        (replace(STUDY, arms=lambda scale, seed: STUDY.arms(scale, 0)), "the arm .* does not heed the seed"),
+        (changed(with_tokenizers), "its arms have several tokenizers or texts"),
+        (changed(lambda arms: [replace(arms[0], name="τ = 2"), *arms[1:]]), "an arm is called 'τ = 2'; use letters"),
+        (changed(lambda arms: [*arms, "more"]), "its function returned 'more' among the arms; wanted Arm"),
+        (changed(seeds=0), "seeds 0; at least one is needed"),
     ],
 )
 def test_what_does_not_fit_together_is_one_line(study, message):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -156,6 +157,9 @@ def test_a_study_of_ones_own_is_read_where_its_file_is_given(folders, tmp_path, 
     monkeypatch.setattr(sections, "SCALES", {"toy": SCALE})
     page, _ = write_report([folders["study"]], tmp_path / "report.html", [STUDY])
     assert {"taught − alone", "-0.275", "Study toy"} <= set(Outside(page.read_text()).cells)
+    fewer = replace(STUDY, arms=lambda scale, seed: STUDY.arms(scale, seed)[:3])
+    with pytest.raises(UserError, match=r"other arms than the study 'toy' has now \(8 are no multiple of 3\)"):
+        write_report([folders["study"]], tmp_path / "report.html", [fewer])
 
 
 def test_what_is_no_result_is_one_line(folders, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ Shape suffixes: B sequences, H heads, Q queries, T keys, E width of a head.
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 # ---- masks without a look at values ------------------------------------------------------------
 
-_are_packed: bool | None = None  # inside `unread_masks` whether rows hold several sequences; None outside
+_are_packed: dict[int, bool] = {}  # threads inside `unread_masks` → whether rows hold several sequences
 
 
 @contextmanager
@@ -94,24 +95,29 @@ def unread_masks(inputs: Mapping[str, Any], device: torch.device) -> Iterator[No
 
     It would look whether `position_ids`, which it makes itself where there are none, begin anew within a row, and
     whether a padding mask hides anything. Here they do where they are given, and it does: a mask is then made where it
-    could have been left out, and says the same. On a CPU, where looking is free, nothing changes.
+    could have been left out, and says the same. On a CPU, where looking is free, nothing changes. This holds for
+    the attention implementations sdpa (ours too) and eager; flash and flex attention look in ways of their own.
     """
     if device.type == "cpu":
         yield
         return
-    global _are_packed  # a plain name, because PyTorch's compiler follows no context variables
-    before, _are_packed = _are_packed, "position_ids" in inputs
+    thread = get_ident()  # a dictionary of them, because PyTorch's compiler follows no context variables
+    before = _are_packed.get(thread)
+    _are_packed[thread] = "position_ids" in inputs
     try:
         yield
     finally:
-        _are_packed = before
+        del _are_packed[thread]
+        if before is not None:
+            _are_packed[thread] = before
 
 
 def _sequence_numbers(of_transformers: Callable[[Tensor], Tensor | None], position_ids: Tensor) -> Tensor | None:
     """(B, T) of which sequence of its row each position is, None where every row is one."""
-    if _are_packed is None:
+    are_packed = _known()
+    if are_packed is None:
         return of_transformers(position_ids)
-    if not _are_packed:
+    if not are_packed:
         return None
     steps_BT = torch.diff(position_ids, prepend=position_ids[:, :1] - 1, dim=-1)
     return (steps_BT != 1).cumsum(-1)
@@ -119,9 +125,14 @@ def _sequence_numbers(of_transformers: Callable[[Tensor], Tensor | None], positi
 
 def _has_no_use(of_transformers: Callable[..., bool], padding_mask: Tensor | None, *args: Any, **options: Any) -> bool:
     """Whether a mask can be left out."""
-    if _are_packed is not None and padding_mask is not None:
+    if padding_mask is not None and _known() is not None:
         return False
     return of_transformers(padding_mask, *args, **options)
+
+
+def _known() -> bool | None:
+    """What this thread is told of the rows, if it is inside."""
+    return _are_packed.get(get_ident()) if _are_packed else None
 
 
 def _put_before(name: str, instead: Callable[..., Any]) -> None:

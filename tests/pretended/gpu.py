@@ -1,8 +1,9 @@
 """A GPU that is not there: tensors that say they are on `cuda:0` and are computed on the CPU.
 
 What a program does with a device is then seen on a machine without one: an operation between tensors of the CPU and of
-the GPU is refused as CUDA refuses it, and every read of a value, for which the host would wait, is written down in
-`reads`. Speed, kernels' numbers and memory are not seen. `gpu.cpp`, compiled, must be loaded before torch is imported.
+the GPU is refused as CUDA refuses it, and reads of values, for which the host would wait, are written down in `reads`
+(but for those inside an operation, as of an index of truth values). Speed, kernels' numbers and memory are not seen.
+`gpu.cpp`, compiled, must be loaded before torch is imported.
 """
 
 # ruff: noqa: E402 (the library comes before torch)

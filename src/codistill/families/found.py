@@ -64,14 +64,14 @@ def found(model: nn.Module) -> Parts:
 
 def _check_not_wrapped(name: str, model: nn.Module) -> None:
     """UserError for what `torch.compile`, DataParallel and their like make of a model."""
-    compiled, spread = getattr(model, "_orig_mod", None), getattr(model, "module", None)
-    remedy = "whose layers compile in place with model.base_model.compile()"
-    if compiled is None:
-        remedy = "and the cohort ranks=codistill.distributed.start() on several processes (docs/python.md)"
-    inner = compiled if compiled is not None else spread
-    if isinstance(inner, nn.Module):
-        wrapper = type(model).__name__
-        raise UserError(f"{name!r}: {wrapper} wraps a {type(inner).__name__}; give the model itself, {remedy}")
+    for attribute, remedy in (
+        ("_orig_mod", "whose layers compile in place with model.base_model.compile()"),
+        ("module", "and on several processes the cohort ranks=codistill.distributed.start() (docs/python.md)"),
+    ):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module) and not isinstance(model, PreTrainedModel):
+            wrapper = type(model).__name__
+            raise UserError(f"{name!r}: {wrapper} wraps a {type(inner).__name__}; give the model itself, {remedy}")
 
 
 def _output_embedding(model: nn.Module) -> nn.Linear | None:

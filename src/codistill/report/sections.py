@@ -84,7 +84,12 @@ def _study(folder: Path, results: Mapping[str, Any], studies: Mapping[str, Study
             f"{folder}: no study of this version is called {name!r}; if it is your own, give its --study FILE"
         )
     study, scale = studies[name], SCALES[results["scale"]]
-    seeds = results["arms"] // len(study.arms(scale, 0))
+    seeds, rest = divmod(results["arms"], max(len(study.arms(scale, 0)), 1))
+    if rest:
+        raise UserError(
+            f"{folder}: made with other arms than the study {name!r} has now ({results['arms']} are no multiple of "
+            f"{len(study.arms(scale, 0))}); run `codistill study` again on the folder, or give the file as it was"
+        )
     request = Request(study, scale, seeds, folder)
     cells = known_cells(request)
     if not cells:

@@ -2,6 +2,7 @@
 anything is trained.
 """
 
+import re
 import sys
 import traceback
 from collections import Counter
@@ -22,6 +23,7 @@ from codistill.study.scales import Scale
 
 _T = TypeVar("_T")
 _TEXT = ["text"]  # for a look at what a run says but for its text
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _MODULE = "codistill_own_study"
 
 
@@ -54,6 +56,7 @@ def _run(file: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[_MODULE] = module_from_spec(spec)  # where dataclasses look for it
+    sys.path.insert(0, str(file.absolute().parent))  # as `python FILE` would, for what lies beside it
     spec.loader.exec_module(module)
     return module
 
@@ -65,17 +68,21 @@ def _tried(file: Path, call: Callable[[], _T]) -> _T:
     except UserError:
         raise
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
         place = f" in line {lines[-1]}" if lines else ""
         raise UserError(f"{file}: {type(error).__name__}{place}: {' '.join(str(error).split())}") from error
 
 
 def check_study(study: Study, scale: Scale) -> None:
     """UserError where the study's arms, contrasts or curves do not fit together, or a cohort of it is no valid run."""
+    if study.seeds < 1:
+        raise UserError(f"study {study.name}: seeds {study.seeds}; at least one is needed")
     arms = study.arms(scale, 0)
     _check_arms(study, arms)
+    _check_sources(study, arms)
     _check_names(study, arms)
-    keys_of(arms)
+    _check_seeds(study, arms, study.arms(scale, 1))
     for arm in arms:
         _check_run(
             f"study {study.name}, arm {arm.name}",
@@ -96,15 +103,56 @@ def _check_run(whose: str, run: Run) -> None:
 def _check_arms(study: Study, arms: Sequence[Arm]) -> None:
     if not arms:
         raise UserError(f"study {study.name}: it has no arms; have its function return some")
+    strange = next((arm for arm in arms if not isinstance(arm, Arm)), None)
+    if strange is not None:
+        raise UserError(f"study {study.name}: its function returned {strange!r} among the arms; wanted Arm")
+    name = next((arm.name for arm in arms if not _NAME.fullmatch(arm.name)), None)
+    if name is not None:
+        raise UserError(f"study {study.name}: an arm is called {name!r}; use letters, digits, - and _")
     twice = [place for place, count in Counter(arm.place for arm in arms).items() if count > 1]
     if twice:
         regime, name, _ = twice[0]
         raise UserError(f"study {study.name}: two arms are called {name!r} in the regime {regime!r}; rename one")
-    other = next((arm for arm in arms if arm.seed != 0), None)
-    if other is not None:
+    texts = {(arm.run.data.tokenizer, *arm.run.data.train, *arm.run.data.validation) for arm in arms}
+    if len(texts) > 1:
         raise UserError(
-            f"study {study.name}: asked for seed 0, it returns the arm {other.name!r} of seed {other.seed}; give "
-            "`settings` the seed that the function was called with"
+            f"study {study.name}: its arms have several tokenizers or texts, whose losses cannot stand in one table; "
+            "give each a study of its own (the text is --data's to say)"
+        )
+
+
+def _check_sources(study: Study, arms: Sequence[Arm]) -> None:
+    """Every model that an arm learns or starts from is one that another arm of its regime trains, and no arm needs
+    itself in turn."""
+    trained = {(arm.regime, arm.name): arm.run.trained for arm in arms}
+    for arm in arms:
+        for source, role in arm.sources:
+            there = trained.get((arm.regime, source))
+            if there is not None and role not in there:
+                raise UserError(
+                    f"study {study.name}, arm {arm.name}: it needs {source}/{role}, and the arm {source!r} trains "
+                    f"{', '.join(there)}{did_you_mean(role, there)}"
+                )
+            if there is None:
+                raise UserError(
+                    f"study {study.name}, arm {arm.name}: it needs {source}/{role}, and {source!r} is no arm of the "
+                    f"study in the regime {arm.regime!r}{did_you_mean(source, [each.name for each in arms])}"
+                )
+    grouped(arms, 1)  # which refuses circles
+
+
+def _check_seeds(study: Study, arms: Sequence[Arm], others: Sequence[Arm]) -> None:
+    """The function heeds the seed that it is called with: `arms` are those of 0, `others` of 1."""
+    wrong = next((arm for seed, of in ((0, arms), (1, others)) for arm in of if arm.seed != seed), None)
+    first, second = keys_of(arms), keys_of(others)
+    if wrong is None and {place[:2] for place in first} != {place[:2] for place in second}:
+        raise UserError(f"study {study.name}: its arms have other names for seed 1 than for seed 0; give all the same")
+    if wrong is None:
+        wrong = next((arm for arm in others if second[arm.place] in first.values()), None)
+    if wrong is not None:
+        raise UserError(
+            f"study {study.name}: the arm {wrong.name!r} does not heed the seed that its function is called with; "
+            "give it to `settings`"
         )
 
 
