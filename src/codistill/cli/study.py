@@ -44,12 +44,12 @@ def study(
     if scale not in SCALES:
         raise UserError(f"there is no scale {scale!r}{did_you_mean(scale, SCALES)}; the scales are {', '.join(SCALES)}")
     wanted, size = find_study(name), SCALES[scale]
-    check_study(wanted, size)
     request = Request(wanted, size, seeds or wanted.seeds, out)
     with shown("planning", 1):
         from codistill.study.plan import plan_lines
         from codistill.study.run import check_out, devices
 
+        check_study(wanted, size)
         check_out(request)
         lines = plan_lines(request, data, jobs, devices(device))
     console.print("\n".join(lines), markup=False)
