@@ -102,14 +102,11 @@ def unread_masks(inputs: Mapping[str, Any], device: torch.device) -> Iterator[No
         yield
         return
     thread = get_ident()  # a dictionary of them, because PyTorch's compiler follows no context variables
-    before = _are_packed.get(thread)
     _are_packed[thread] = "position_ids" in inputs
     try:
         yield
     finally:
         del _are_packed[thread]
-        if before is not None:
-            _are_packed[thread] = before
 
 
 def _sequence_numbers(of_transformers: Callable[[Tensor], Tensor | None], position_ids: Tensor) -> Tensor | None:

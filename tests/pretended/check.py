@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gpu import pretend, reads  # first: torch must not be there yet
 
 from codistill import caching
@@ -51,10 +51,9 @@ class Checks:
     def ctcd(self):
         run = small_run("ctcd", self.text, *FLOAT32)
         whole = self.trained(run)
-        try:
+        with pytest.raises(Stopped):
             train(run, self.folder / "parts", device=self.device, stop_at=2)
-        except Stopped:
-            assert_same_run(whole, train(run, self.folder / "parts", device=self.device, resume=True))
+        assert_same_run(whole, train(run, self.folder / "parts", device=self.device, resume=True))
         return losses(whole)
 
     def other_edges(self):
@@ -96,11 +95,16 @@ class Checks:
         return generate(self.causal, "large", "the cat", tokens=5, temperature=0.0, device=self.device)
 
 
-def watched(step: Callable[..., Any], inside: list[str], *args, **kwargs):
-    before = len(reads)
-    found = step(*args, **kwargs)
-    inside += reads[before:]
-    return found
+def watched(step: Callable[..., Any], inside: list[str]) -> Callable[..., Any]:
+    """`step`, whose reads go into `inside`."""
+
+    def watching(*args):
+        before = len(reads)
+        found = step(*args)
+        inside.extend(reads[before:])
+        return found
+
+    return watching
 
 
 def main(text: Path, folder: Path) -> None:
@@ -111,7 +115,7 @@ def main(text: Path, folder: Path) -> None:
     for name in names:
         found[name] = [getattr(checks, name)()]
     checks, inside = Checks("cuda", text, folder, teacher, causal), []
-    whole, Cohort.step = Cohort.step, lambda *args: watched(partial(whole), inside, *args)
+    Cohort.step = watched(Cohort.step, inside)
     with pretend():
         for name in names:
             found[name].append(getattr(checks, name)())
