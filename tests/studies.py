@@ -59,3 +59,18 @@ def data_folder(folder: Path, text: Path) -> Path:
     for split in ("train", "validation"):
         pyarrow.parquet.write_table(table, place / f"{split}.parquet")
     return folder
+
+
+def made_up(arm: str, seed: int, loss: float, blimp: float | None = None, failed: str = "") -> dict:
+    """A cell of an arm whose one member is `large`."""
+    member = {
+        "loss": loss, "accuracy": 0.1, "parameters": 10, "flops": {"own": 6, "teachers": 2}, "seconds": 1.0,
+        "teachers": ["guide"] if arm == "taught" else [], "curve": [[50, loss + 1], [100, loss]],
+        "blimp": None if blimp is None else {"score": blimp, "pairs": 100},
+    }  # fmt: skip
+    return {
+        "key": f"{arm}{seed}", "arm": arm, "regime": "one pass", "seed": seed, "failed": failed, "unigram_loss": 7.0,
+        "steps": 1, "tokens": 100, "passes": 0.5, "precision": "float32", "text": {"train": "a", "validation": "b"},
+        "machine": {"device": "x", "threads": 1}, "versions": {"torch": "2"}, "date": "2026-01-01", "agreement": None,
+        "members": {} if failed else {"large": member},
+    }  # fmt: skip

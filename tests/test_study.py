@@ -34,7 +34,7 @@ from codistill.study.scales import SCALES
 from codistill.study.scoring import Scoring
 from codistill.study.statuses import NO_MEMORY
 from codistill.train import train
-from studies import SCALE, SIZE, STUDY, arms, data_folder, request
+from studies import SCALE, SIZE, STUDY, arms, data_folder, made_up, request
 
 TEXT = Data(train=["text"], validation=["text"])
 
@@ -199,20 +199,6 @@ def test_a_teacher_that_is_no_arm_is_one_line():
 
 
 # ---- the numbers ---------------------------------------------------------------------------------
-
-
-def made_up(arm: str, seed: int, loss: float, blimp: float | None = None, failed: str = "") -> dict:
-    member = {
-        "loss": loss, "accuracy": 0.1, "parameters": 10, "flops": {"own": 6, "teachers": 2}, "seconds": 1.0,
-        "teachers": ["guide"] if arm == "taught" else [], "curve": [[50, loss + 1], [100, loss]],
-        "blimp": None if blimp is None else {"score": blimp, "pairs": 100},
-    }  # fmt: skip
-    return {
-        "key": f"{arm}{seed}", "arm": arm, "regime": "one pass", "seed": seed, "failed": failed, "unigram_loss": 7.0,
-        "steps": 1, "tokens": 100, "passes": 0.5, "precision": "float32", "text": {"train": "a", "validation": "b"},
-        "machine": {"device": "x", "threads": 1}, "versions": {"torch": "2"}, "date": "2026-01-01", "agreement": None,
-        "members": {} if failed else {"large": member},
-    }  # fmt: skip
 
 
 def test_intervals_are_those_of_a_paired_t_test():

@@ -12,13 +12,13 @@ from codistill.blocks import to_markdown
 from codistill.evaluate.results import to_json
 from codistill.evaluate.run import evaluate
 from codistill.study.analysis import analysis
+from codistill.study.arms import keys_of
 from codistill.study.cells import Cells
 from codistill.study.harvest import _glue
 from codistill.study.page import study_blocks
 from codistill.study.run import Request, missing_cells, run_study
 from codistill.study.scoring import GLUE, found_in, is_scored, with_scores
-from studies import SCALE, STUDY, arms, data_folder
-from test_study import keys_of, made_up
+from studies import SCALE, STUDY, arms, data_folder, made_up
 
 TASKS = ("blimp", "glue/rte", "glue/sst2")
 PAIRS = [("the boat sails", "the boat sail"), ("they sail", "they sails"), ("a boat", "an boat"), ("we go", "we goes")]

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -24,6 +24,9 @@ def study(
     data: Annotated[Path | None, Parameter(help="A folder with text/, blimp/, glue/ (docs/studies.md).")] = None,
     seeds: Annotated[int | None, Parameter(help="By default 5 for a headline, 3 for the rest.")] = None,
     jobs: Annotated[int | None, Parameter(help="Processes at once; by default one a GPU, or one a CPU core.")] = None,
+    against: Annotated[
+        Path | None, Parameter(help="This study's folder from elsewhere: which of its differences keep their sign?")
+    ] = None,
     plan: Annotated[bool, Parameter(negative="", help="Print what would be trained, and stop.")] = False,
     device: Device = None,
 ) -> None:
@@ -47,17 +50,24 @@ def study(
     request = Request(wanted, size, seeds or wanted.seeds, out)
     with shown("planning", 1):
         from codistill.study.plan import plan_lines
+        from codistill.study.rerun import check_against, write_comparison
         from codistill.study.run import check_out, devices
 
         check_study(wanted, size)
         check_out(request)
+        if against is not None:
+            check_against(request, against)
         lines = plan_lines(request, data, jobs, devices(device))
     console.print("\n".join(lines), markup=False)
     if not plan:
-        _run(request, data=data, jobs=jobs, device=device)
+        found = _run(request, data=data, jobs=jobs, device=device)
+        if against is not None:
+            console.print(write_comparison(request, against), markup=False)
+        if found["failed"]:
+            sys.exit(2)
 
 
-def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str | None) -> None:
+def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str | None) -> dict[str, Any]:
     from codistill.progress import shown
     from codistill.study.execute import Stopped
     from codistill.study.run import devices, run_study
@@ -70,5 +80,4 @@ def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str
         sys.exit(STOPPED)
     console.print((request.out / "table.md").read_text(), markup=False)
     console.print(f"cells, table and figure: {request.out}", markup=False)
-    if found["failed"]:
-        sys.exit(2)
+    return found

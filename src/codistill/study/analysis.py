@@ -16,6 +16,7 @@ from codistill.study.scoring import BLIMP, GLUE, score_of
 BELOW_UNIGRAM = 1.5  # nats that a stand-alone model must be below the unigram loss: above, it has learned no language
 _SAME_TIME = 0.02  # of a run: looks at curves that are further apart are not compared
 METRICS = ("loss", "blimp", "glue")
+SHOWN = ("lower", "higher")  # verdicts of a difference whose interval excludes 0
 
 
 def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict[str, Any]:

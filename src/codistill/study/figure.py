@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from codistill.blocks import COLOURS
+from codistill.study.analysis import SHOWN
 from codistill.study.cells import Cell
 from codistill.study.design import Study
 
@@ -155,14 +156,14 @@ def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], names: Map
         row, of = rows[c["label"]], c["loss"]
         if of["mean"] is None:
             continue
-        is_shown = of["verdict"] in ("lower", "higher")
+        is_shown = of["verdict"] in SHOWN
         colour = "black" if is_shown else _NOT_SHOWN
         if of["interval"] is not None:
             axes.plot(of["interval"], [row, row], color=colour, linewidth=1.5)
         axes.plot([of["mean"]], [row], "o", color=colour, markersize=5, markerfacecolor=colour if is_shown else "white")
     axes.axvline(0, color="black", linewidth=0.7)
     axes.set_yticks(range(len(names)), list(names.values()) if named else [""] * len(names))
-    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)  # none is there yet where a study has just begun
     words = "difference of the held-out loss (nats; below 0 is better)\n95 % over (so many) seeds; black: excludes 0"
     axes.set_xlabel(words, fontsize=8)
     _plain(axes)

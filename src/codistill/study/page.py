@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codistill.blocks import Block, Heading, Table, Text
+from codistill.study.analysis import SHOWN
 from codistill.study.design import ONE_PASS
 
 _NOTHING = {"mean": None, "sd": None}
@@ -11,7 +12,7 @@ _NOTHING = {"mean": None, "sd": None}
 
 def study_blocks(found: Mapping[str, Any]) -> list[Block]:
     """All tables of `analysis`, one regime after the other, with what a reader must know beside them."""
-    blocks: list[Block] = [Text(_made(found))]
+    blocks: list[Block] = [Text(made(found))]
     if found["missing"]:
         blocks.append(Text(f"Not trained yet: {found['missing']} of {found['arms']} arms.", important=True))
     for regime, of in found["regimes"].items():
@@ -24,7 +25,8 @@ def study_blocks(found: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _made(found: Mapping[str, Any]) -> str:
+def made(found: Mapping[str, Any]) -> str:
+    """When, on which machines and with which versions the cells were made."""
     machines = "; ".join(
         f"{m['device']}, {m['threads']} thread{'s' if m['threads'] != 1 else ''} a process, {m['precision']}"
         for m in found["machines"]
@@ -80,17 +82,17 @@ def contrasts_table(of: Mapping[str, Any]) -> Table:
 
 def _contrast(c: Mapping[str, Any], has_glue: bool) -> list[str]:
     seeds = c["loss"]["seeds"]
-    of = [_difference(c["loss"], 3, seeds), _difference(c["blimp"], 2, seeds)]
-    of += [_difference(c["glue"], 2, seeds)] if has_glue else []
+    of = [difference(c["loss"], 3, seeds), difference(c["blimp"], 2, seeds)]
+    of += [difference(c["glue"], 2, seeds)] if has_glue else []
     return [c["label"], str(seeds), *(cell for cells in of for cell in cells)]
 
 
-def _difference(of: Mapping[str, Any], digits: int, seeds: int) -> list[str]:
-    """Mean, interval and verdict of a score that not all of the row's `seeds` may have."""
+def difference(of: Mapping[str, Any], digits: int, seeds: int | None = None) -> list[str]:
+    """Mean, interval and verdict of a score, which not all of the row's `seeds` may have."""
     if of["mean"] is None:
         return ["", "", of["verdict"]]
     interval = "" if of["interval"] is None else f"[{of['interval'][0]:+.{digits}f}, {of['interval'][1]:+.{digits}f}]"
-    fewer = f"(of {of['seeds']} only)" if of["seeds"] != seeds else ""
+    fewer = f"(of {of['seeds']} only)" if seeds not in (None, of["seeds"]) else ""
     return [f"{of['mean']:+.{digits}f}", " ".join(filter(None, (interval, fewer))), of["verdict"]]
 
 
@@ -144,4 +146,4 @@ def _point(point: Mapping[str, Any]) -> str:
     of = point["loss"]
     if of["mean"] is None:
         return ""
-    return f"{of['mean']:+.3f}{'*' if of['verdict'] in ('lower', 'higher') else ''}"
+    return f"{of['mean']:+.3f}{'*' if of['verdict'] in SHOWN else ''}"

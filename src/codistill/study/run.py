@@ -182,22 +182,23 @@ def known_cells(request: Request) -> list[Cell]:
     return [cell | {"arm": arm.name, "regime": arm.regime} for arm, cell in found if cell is not None]
 
 
-def check_out(request: Request) -> None:
-    """UserError when `out` holds something else than a study, or another scale of it."""
+def check_out(request: Request, option: str = "--out") -> None:
+    """UserError when `out`, given as `option`, holds something else than a study, or another scale of it."""
     out = request.out
     begun = {".lock", "work", "models"}  # what a study leaves that was killed before its first cell
     if out.exists() and (
         not out.is_dir() or not ((out / "cells").is_dir() or {f.name for f in out.iterdir()} <= begun)
     ):
-        raise UserError(f"--out {out}: it holds something else than a study; give another folder")
+        raise UserError(f"{option} {out}: it holds something else than a study; give another folder")
     if (out / "results.json").is_file():
         try:
             held = dict(json.loads((out / "results.json").read_text()))
         except (OSError, ValueError, TypeError):
-            raise UserError(f"--out {out}: its results.json cannot be read; remove it, and it is made again") from None
+            unread = f"{option} {out}: its results.json cannot be read; remove it, and it is made again"
+            raise UserError(unread) from None
         mine = (request.study.name, request.scale.name)
         if (held.get("study"), held.get("scale")) != mine:
             raise UserError(
-                f"--out {out}: it holds the study {held.get('study')!r} at {held.get('scale')!r}, and "
+                f"{option} {out}: it holds the study {held.get('study')!r} at {held.get('scale')!r}, and "
                 f"{mine[0]!r} at {mine[1]!r} was asked for; give another folder"
             )
