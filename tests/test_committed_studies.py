@@ -51,3 +51,13 @@ def test_no_committed_cell_names_a_place_on_somebodys_disk():
     for folder in FOLDERS:
         for file in (folder / "cells").glob("*.json"):
             assert not re.search(r"/(work|home|root|tmp|Users)/", file.read_text())
+
+
+def test_what_is_said_of_all_differences_together_is_so():
+    """The count in docs/studies.md, from the committed results."""
+    found = [json.loads((folder / "results.json").read_text())["regimes"].values() for folder in FOLDERS]
+    contrasts = [c for regimes in found for of in regimes for c in of["contrasts"] if c["p"] is not None]
+    shown = sum(c["loss"]["verdict"] in ("lower", "higher") for c in contrasts)
+    words = " ".join((FOLDERS[0].parents[1] / "docs" / "studies.md").read_text().split())
+    assert f"of the studies' {len(contrasts)} contrasts," in words
+    assert f"{shown} exclude 0, and {sum(c['holm'] for c in contrasts)} after Holm's correction" in words

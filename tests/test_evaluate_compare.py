@@ -6,13 +6,38 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from codistill.evaluate.compare import agreement, averages, comparisons, paired, t_interval, t_quantile
+from codistill.evaluate.compare import (
+    agreement,
+    averages,
+    comparisons,
+    holm,
+    paired,
+    t_interval,
+    t_probability,
+    t_quantile,
+)
 from codistill.evaluate.results import Cell
 from codistill.evaluate.tasks import GLUE
 
 
 def cell(model="one", task="glue/rte", seed=0, score=0.5, **more):
     return Cell(model, task, seed, score, **more)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 9])
+def test_the_probability_is_that_of_a_t_test(count):
+    values = np.random.default_rng(count).normal(0.7, 1, count).tolist()
+    assert t_probability(values) == pytest.approx(stats.ttest_1samp(values, 0).pvalue, rel=1e-9)
+
+
+def test_differences_without_spread_are_certain_or_nothing():
+    assert (t_probability([0.5, 0.5]), t_probability([0.0, 0.0])) == (0.0, 1.0)
+
+
+def test_holm_stops_at_the_first_that_fails():
+    """Of four: 0.005 ≤ 0.05 / 4 and 0.01 ≤ 0.05 / 3, then 0.03 > 0.05 / 2 ends it, though 0.04 ≤ 0.05."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == [True, False, False, True]
+    assert holm([]) == []
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 101])

@@ -85,6 +85,26 @@ def t_interval(differences: Sequence[float], confidence: float = _CONFIDENCE) ->
     return mean - half, mean + half
 
 
+def t_probability(differences: Sequence[float]) -> float:
+    """How often chance alone, without any difference, has means as far from 0: the two-sided p of the paired t-test;
+    needs n ≥ 2."""
+    error = float(np.std(differences, ddof=1)) / math.sqrt(len(differences))
+    if error == 0:
+        return float(np.mean(differences) == 0)
+    return 2 * (1 - _t_below(abs(float(np.mean(differences))) / error, len(differences) - 1))
+
+
+def holm(probabilities: Sequence[float], level: float = 1 - _CONFIDENCE) -> list[bool]:
+    """Which of these are shown although they are so many: with at most `level`, none is by chance (Holm 1979). The k-th
+    smallest of m is held to level / (m − k + 1), and all after the first that fails fail."""
+    found = [False] * len(probabilities)
+    for k, at in enumerate(sorted(range(len(probabilities)), key=lambda at: probabilities[at])):
+        if probabilities[at] > level / (len(probabilities) - k):
+            break
+        found[at] = True
+    return found
+
+
 def t_quantile(probability: float, freedom: int) -> float:
     """The value that Student's t stays below with `probability` > ½, by bisection of its distribution."""
     low, high = 0.0, 1.0

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from codistill.evaluate.compare import t_interval
+from codistill.evaluate.compare import holm, t_interval, t_probability
 from codistill.study.cells import Cell
 from codistill.study.design import Contrast, Study
 from codistill.study.scoring import BLIMP, GLUE, score_of
@@ -31,7 +31,7 @@ def analysis(study: Study, scale: str, arms: int, cells: Sequence[Cell]) -> dict
             "scale": scale,
             "arms": arms,
             "missing": arms - len(cells),
-            "regimes": {regime: _regime(study, [c for c in cells if c["regime"] == regime]) for regime in regimes},
+            "regimes": _corrected({of: _regime(study, [c for c in cells if c["regime"] == of]) for of in regimes}),
             "failed": _failures(cells),
             "text": done[0]["text"] if done else None,
             "partial": _partial(done),
@@ -55,6 +55,14 @@ def _regime(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
         "along": _along(study, by) if study.along else [],
         "on_the_plateau": _on_the_plateau(by),
     }
+
+
+def _corrected(regimes: dict[str, Any]) -> dict[str, Any]:
+    """With `holm` at each contrast: whether its difference of the loss is still shown when all of the study's count."""
+    tested = [c for of in regimes.values() for c in of["contrasts"] if c["p"] is not None]
+    for c, is_shown in zip(tested, holm([c["p"] for c in tested]), strict=True):
+        c["holm"] = is_shown
+    return regimes
 
 
 def _by_member(cells: Sequence[Cell]) -> dict[str, dict[int, dict[str, Any]]]:
@@ -118,14 +126,16 @@ def _is_asked(wanted: Contrast, cells: Sequence[Cell]) -> bool:
 
 
 def contrast(wanted: Contrast, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
-    """Treated − control over the seeds that both have: mean, 95 % Student-t interval over seeds, what that shows."""
+    """Treated − control over the seeds that both have: mean, 95 % Student-t interval over seeds, what that shows; of
+    the loss the paired t-test's `p` too."""
     treated, control = by.get(wanted.treated, {}), by.get(wanted.control, {})
     seeds = sorted(treated.keys() & control.keys())
     found: dict[str, Any] = {"label": wanted.label, "treated": wanted.treated, "control": wanted.control}
     for metric in METRICS:
         pairs = [(_score(treated[seed], metric), _score(control[seed], metric)) for seed in seeds]
         found[metric] = _difference([a - b for a, b in pairs if a is not None and b is not None])
-    return found
+    losses = [treated[seed]["loss"] - control[seed]["loss"] for seed in seeds]
+    return found | {"p": t_probability(losses) if len(losses) > 1 else None, "holm": False}
 
 
 def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:

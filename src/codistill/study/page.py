@@ -15,6 +15,8 @@ def study_blocks(found: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Text(made(found))]
     if found["missing"]:
         blocks.append(Text(f"Not trained yet: {found['missing']} of {found['arms']} arms.", important=True))
+    if told := _many(found["regimes"]):
+        blocks.append(Text(told))
     for regime, of in found["regimes"].items():
         blocks += [Heading(regime, 3), Text(_facts(of)), *_warnings(regime, of), contrasts_table(of), rows_table(of)]
         blocks += [*_glue(of, found["partial"]), *_along(of)]
@@ -42,6 +44,19 @@ def _facts(of: Mapping[str, Any]) -> str:
     return (
         f"{_span(of['steps'], ',')} steps, {_span(of['tokens'], ',')} tokens, {_span(of['passes'], '.3g')} passes; "
         f"unigram cross-entropy of the held-out text {unigram}."
+    )
+
+
+def _many(regimes: Mapping[str, Any]) -> str:
+    """How much so many differences show together."""
+    tested = [c for of in regimes.values() for c in of["contrasts"] if c["p"] is not None]
+    if len(tested) < 2:
+        return ""
+    shown, corrected = sum(c["loss"]["verdict"] in SHOWN for c in tested), sum(c["holm"] for c in tested)
+    still = f"{corrected} still do{'es' if corrected == 1 else ''} (“by Holm too”)" if corrected else "none still does"
+    return (
+        f"Of {len(tested)} differences of the loss {shown or 'none'} exclude{'s' if shown == 1 else ''} 0, each by "
+        f"itself; with Holm's correction for their number, 5 % for all together, {still}."
     )
 
 
@@ -82,7 +97,8 @@ def contrasts_table(of: Mapping[str, Any]) -> Table:
 
 def _contrast(c: Mapping[str, Any], has_glue: bool) -> list[str]:
     seeds = c["loss"]["seeds"]
-    of = [difference(c["loss"], 3, seeds), difference(c["blimp"], 2, seeds)]
+    loss, by_holm = difference(c["loss"], 3, seeds), ", by Holm too" if c["holm"] else ""
+    of = [[*loss[:2], loss[2] + by_holm], difference(c["blimp"], 2, seeds)]
     of += [difference(c["glue"], 2, seeds)] if has_glue else []
     return [c["label"], str(seeds), *(cell for cells in of for cell in cells)]
 
