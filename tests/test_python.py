@@ -216,6 +216,7 @@ def test_an_optimizer_has_all_of_its_members_parameters_and_no_others():
         ({"divergence": "kl"}, "divergence 'kl'; wanted forward_kl"),
         ({"weight": -1.0}, r"weight -1\.0; wanted a finite number of at least 0"),
         ({"weight": math.nan}, r"weight nan; wanted a finite number of at least 0"),
+        ({"weight": 10**400}, r"weight 10+; wanted a finite number of at least 0"),
         ({"temperature": 0}, r"temperature 0; wanted a finite number above 0"),
         ({"temperature": -2.0}, r"temperature -2\.0; wanted a finite number above 0"),
         ({"temperature": math.nan}, r"temperature nan; wanted a finite number above 0"),

@@ -160,6 +160,8 @@ def test_a_study_of_ones_own_is_read_where_its_file_is_given(folders, tmp_path, 
     fewer = replace(STUDY, arms=lambda scale, seed: STUDY.arms(scale, seed)[:3])
     with pytest.raises(UserError, match=r"other arms than the study 'toy' has now \(8 are no multiple of 3\)"):
         write_report([folders["study"]], tmp_path / "report.html", [fewer])
+    with pytest.raises(UserError, match="two of the files hold a study of one name, 'toy'; give one"):
+        write_report([folders["study"]], tmp_path / "report.html", [STUDY, fewer])
 
 
 def test_what_is_no_result_is_one_line(folders, tmp_path, monkeypatch):

@@ -41,7 +41,8 @@ def problem(value: Any) -> str | None:
     """What keeps `value` from being a finite number ≥ 0 or a function of the step, in words, or None. A 0-d tensor may
     be on a device, which is not asked."""
     if isinstance(value, Real):
-        return None if 0 <= float(value) <= _LARGEST else f"{value!r}; wanted a finite number of at least 0"
+        number = value if isinstance(value, int) else float(value)  # no float has room for the largest of whole numbers
+        return None if 0 <= number <= _LARGEST else f"{value!r}; wanted a finite number of at least 0"
     if callable(value) or getattr(value, "ndim", None) == 0:
         return None
     made = "codistill.schedules.build(specification, steps) makes one of what stands in YAML"

@@ -16,6 +16,11 @@ def write_report(folders: Sequence[Path], out: Path, studies: Sequence[Study] = 
     `folders` besides the studies that codistill has."""
     if out.suffix != ".html":
         raise UserError(f"--out {out}: the page is HTML; give a name that ends in .html")
+    names = [study.name for study in studies]
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--study: two of the files hold a study of one name, {max(names, key=names.count)!r}; give one"
+        )
     title = "Codistill: what came out"
     blocks: list[Block] = [Heading(title, 1)]
     for number, folder in enumerate(folders, start=1):

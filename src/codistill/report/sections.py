@@ -13,7 +13,7 @@ from codistill.study import Study
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
 from codistill.study.page import study_blocks
-from codistill.study.run import Request, known_cells, summary
+from codistill.study.run import made_in, summary
 from codistill.study.scales import SCALES
 
 
@@ -83,19 +83,7 @@ def _study(folder: Path, results: Mapping[str, Any], studies: Mapping[str, Study
         raise UserError(
             f"{folder}: no study of this version is called {name!r}; if it is your own, give its --study FILE"
         )
-    study, scale = studies[name], SCALES[results["scale"]]
-    seeds, rest = divmod(results["arms"], max(len(study.arms(scale, 0)), 1))
-    if rest:
-        raise UserError(
-            f"{folder}: made with other arms than the study {name!r} has now ({results['arms']} are no multiple of "
-            f"{len(study.arms(scale, 0))}); run `codistill study` again on the folder, or give the file as it was"
-        )
-    request = Request(study, scale, seeds, folder)
-    cells = known_cells(request)
-    if not cells:
-        raise UserError(
-            f"{folder}: none of its cells is one of the study {name!r} as it is here; it is of another version"
-        )
+    request, cells = made_in(folder, studies[name], SCALES[results["scale"]], results["arms"])
     found = summary(request, cells)
     first = [arm for arm in request.arms if arm.seed == 0]
     return [

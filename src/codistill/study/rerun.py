@@ -15,7 +15,7 @@ from codistill.files import machine_error, write_file
 from codistill.study.analysis import SHOWN
 from codistill.study.cells import Cell
 from codistill.study.page import difference, made
-from codistill.study.run import Request, check_out, known_cells, summary
+from codistill.study.run import Request, check_out, known_cells, made_in, summary
 
 
 def check_against(request: Request, against: Path) -> None:
@@ -37,14 +37,14 @@ def compare(request: Request, against: Path) -> dict[str, Any]:
     `label`, `there`, `here` (None where it was not made again) and whether they have the `same_sign`; and of members of
     one name and seed by how many nats their held-out losses are `apart`."""
     arms = json.loads((against / "results.json").read_text(encoding="utf-8"))["arms"]
-    reference = replace(request, out=against, seeds=arms // len(request.study.arms(request.scale, 0)))
-    cells = known_cells(reference), known_cells(request)
-    there, here = summary(reference, cells[0]), summary(request, cells[1])
+    reference, those = made_in(against, request.study, request.scale, arms)
+    these = known_cells(request)
+    there, here = summary(reference, those), summary(request, these)
     return {
         "there": there,
         "here": here,
         "regimes": {regime: _shown(of, here["regimes"].get(regime)) for regime, of in there["regimes"].items()},
-        "apart": _apart(*cells),
+        "apart": _apart(those, these),
     }
 
 

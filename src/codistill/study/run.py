@@ -182,6 +182,24 @@ def known_cells(request: Request) -> list[Cell]:
     return [cell | {"arm": arm.name, "regime": arm.regime} for arm, cell in found if cell is not None]
 
 
+def made_in(folder: Path, study: Study, scale: Scale, arms: int) -> tuple[Request, list[Cell]]:
+    """What was asked for when `folder` got its `arms`, which its results.json counts, and its cells; UserError where
+    they are not those of the study."""
+    seeds, rest = divmod(arms, max(len(study.arms(scale, 0)), 1))
+    if rest:
+        raise UserError(
+            f"{folder}: made with other arms than the study {study.name!r} has now ({arms} are no multiple of "
+            f"{len(study.arms(scale, 0))}); run `codistill study` again on the folder, or give the file as it was"
+        )
+    request = Request(study, scale, seeds, folder)
+    cells = known_cells(request)
+    if not cells:
+        raise UserError(
+            f"{folder}: none of its cells is one of the study {study.name!r} as it is here; it is of another version"
+        )
+    return request, cells
+
+
 def check_out(request: Request, option: str = "--out") -> None:
     """UserError when `out`, given as `option`, holds something else than a study, or another scale of it."""
     out = request.out
