@@ -16,7 +16,7 @@ FLOORS = [
     {"checks"},
     {"loading", "findings"},
     {"objectives", "attention", "families", "recipes", "kernels", "remap", "provenance", "model_card", "edges", "taps"},
-    {"models", "watch", "teacher_cache"},
+    {"models", "watch", "teacher_cache", "texts"},
     {"relations", "member"},
     {"cohort", "scores", "costs", "initial"},
     {"build"},

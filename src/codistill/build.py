@@ -4,7 +4,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -15,9 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from codistill import schedules
 from codistill.cohort import Cohort
 from codistill.config import Run
-from codistill.data.batches import Batches, held_out
-from codistill.data.corpus import Corpus
-from codistill.data.prepare import cached
+from codistill.data.batches import Batches
 from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.edges import Distillation
@@ -28,13 +25,11 @@ from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
 from codistill.models import Predictor, load_model, load_own_tokenizer, new_model
-from codistill.objectives import Batch, CausalLM, MaskedLM
-from codistill.progress import preparing
+from codistill.objectives import Batch
 from codistill.provenance import pre_trained, provenance
 from codistill.scores import unigram_cross_entropy
 from codistill.teacher_cache import TeacherCache, open_for
-
-_SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
+from codistill.texts import batches_of, corpora, held_out_of, tokenizer_spec
 
 
 @dataclass
@@ -62,7 +57,6 @@ def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
 
 def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Predictor]]:
     """All of `Built` but the cohort, and the predictors for that, before they are placed."""
-    _check_sources(run)
     wanted = run.objective.name
     for name, member in run.members.items():
         if member.model is not None:
@@ -74,31 +68,11 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         for name, member in run.members.items()
         if member.path is not None
     }
-    corpus = _prepared(run.data.train, _tokenizer_spec(run), "data.train", ranks)
+    corpus, validation = corpora(run, ranks)
     tokenizer = corpus.tokenizer()
     _check_tokenizers(run, tokenizer, ranks)
-    validation = _prepared(run.data.validation, tokenizer, "data.validation", ranks)
-    _warn_of_seen_text(corpus, validation, ranks)
-    objective = objective_of(run)
-    unseen = held_out(
-        validation,
-        objective,
-        length=run.data.length,
-        sequences=_SEQUENCES_AT_ONCE,
-        seed=run.seed,
-        limit=run.evaluate.sequences,
-        within_documents=run.data.within_documents,
-    )
-    batches = Batches(
-        corpus,
-        objective,
-        length=run.data.length,
-        sequences=run.batch.sequences,
-        accumulate=run.batch.accumulate,
-        seed=run.seed,
-        within_documents=run.data.within_documents,
-        tokens=run.data.tokens,
-    )
+    unseen = held_out_of(run, validation, within_documents=run.data.within_documents)
+    batches = batches_of(run, corpus)
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
     caches = open_for(run, corpus.manifest["identity"], tokenizer_hash(tokenizer), models)
@@ -112,11 +86,6 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         "models": models,
     }
     return materials, {name: Predictor(model, vocabulary_size(tokenizer)) for name, model in models.items()}
-
-
-def objective_of(run: Run) -> MaskedLM | CausalLM:
-    """What makes the batches of `run`."""
-    return CausalLM() if run.objective.name == "clm" else MaskedLM(run.objective.mask_rate)
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:
@@ -144,20 +113,11 @@ class Frozen:
 
 def build_frozen(run: Run, name: str, device: torch.device) -> Frozen:
     """The member `name` of `run` without the rest, and the run's batches; raises UserError as `build` does."""
-    data = replace(run.data, tokenizer=_tokenizer_spec(run))
+    data = replace(run.data, tokenizer=tokenizer_spec(run))
     member = replace(run.members[name], cached=None)
     materials, predictors = _materials(replace(run, data=data, members={name: member}), device, ALONE)
     facts = materials["provenance"]
     return Frozen(predictors[name], materials["batches"], facts["data"]["train"]["identity"], facts["tokenizer"])
-
-
-def _prepared(sources: list[str], tokenizer: str | PreTrainedTokenizerFast, field: str, ranks: Ranks) -> Corpus:
-    if (
-        not ranks.is_main
-    ):  # one rank of a node prepares the text, the others wait for it, and rank 0 shows how far it is
-        return cached(sources, tokenizer)
-    with preparing(f"preparing {field}") as progress:
-        return cached(sources, tokenizer, progress=progress)
 
 
 # ---- models and the cohort ---------------------------------------------------------------------
@@ -261,35 +221,6 @@ def adamw(module: nn.Module, weight_decay: float, betas: Sequence[float], eps: f
 
 
 # ---- checks ------------------------------------------------------------------------------------
-
-
-def _check_sources(run: Run) -> None:
-    for split in ("train", "validation"):
-        if not getattr(run.data, split):
-            raise UserError(
-                f"data.{split}: no text is named; give .txt, .jsonl or .parquet files, folders or globs, as in "
-                f"--set data.{split}=[corpus/*.parquet]"
-            )
-
-
-def _warn_of_seen_text(train: Corpus, validation: Corpus, ranks: Ranks) -> None:
-    seen = {source["sha256"] for source in train.manifest["sources"]}
-    both = [source["name"] for source in validation.manifest["sources"] if source["sha256"] in seen]
-    if both and ranks.is_main and train.manifest["part"] == validation.manifest["part"]:
-        print(f"data.validation: {both[0]} is also trained on, so held-out scores are of seen text", file=sys.stderr)
-
-
-def _tokenizer_spec(run: Run) -> str:
-    if run.data.tokenizer is not None:
-        return run.data.tokenizer
-    if len(run.data.train) == 1 and (own := Path(run.data.train[0]) / "tokenizer").is_dir():
-        return str(own)  # of a prepared folder
-    for path in pre_trained(run).values():
-        return path
-    raise UserError(
-        "data.tokenizer: none is named and no member is pre-trained; give a tokenizer folder, a vocab.txt, or "
-        "train:wordpiece:4096 to train one on data.train"
-    )
 
 
 def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast, ranks: Ranks) -> None:

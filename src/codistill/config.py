@@ -33,11 +33,12 @@ def limited(default: Any, low: float | None = None, high: float | None = None, a
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept); `clm` predicts
-    every token from those before it, and has no use for `mask_rate`."""
+    """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept), with `whole_word`
+    all pieces of a word or none; `clm` predicts every token from those before it, and has no use for either."""
 
     name: Literal["mlm", "clm"] = "mlm"
     mask_rate: float = limited(0.15, above=0, high=0.9)
+    whole_word: bool = False
 
     def rows_of(self, length: int) -> int:
         """How many positions of a row of `length` tokens are predicted."""
@@ -46,8 +47,12 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members.
+    """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members, or of a prepared folder.
 
+    `column`: where the text stands in .jsonl and Parquet. `unit`: what a separator ends, document, paragraph or
+    sentence; `keep_every` 4: train on one unit of every four. `packing`: rows cut from the running text
+    (contiguous), or one unit to a row, cut at `length` and padded up to it (padded; the tokens that a run counts are
+    positions, padding among them).
     `within_documents` limits attention to the document (a row holds several), and lets positions begin anew with it;
     `clm` then predicts no first token of a document from the one before. `tokens`: use only so many tokens of the
     training text, taken evenly from all of it; a run that needs more passes over them again.
@@ -56,6 +61,10 @@ class Data:
     train: list[str] = field(default_factory=list)
     validation: list[str] = field(default_factory=list)
     tokenizer: str | None = None
+    column: str = "text"
+    unit: Literal["document", "paragraph", "sentence"] = "document"
+    keep_every: int = limited(1, low=1)
+    packing: Literal["contiguous", "padded"] = "contiguous"
     length: int = limited(128, low=8)
     within_documents: bool = False
     tokens: int | None = limited(None, low=1)

@@ -26,12 +26,12 @@ from codistill.errors import UserError
 from codistill.kernels import SparseLogits
 from codistill.objectives import Batch
 
-FORMAT = "codistill-teacher-cache-3"
+FORMAT = "codistill-teacher-cache-4"
 Kind = Literal["features", "top_k", "sampled"]
 # The log-probability of a token that was never drawn: next to nothing in sum, and yet no denormal number, whose
 # exponential takes a CPU seventeen times as long (measured).
 NEVER = -80.0
-_KEY = ("text", "tokenizer", "seed", "objective", "length", "within_documents", "tokens", "teacher")
+_KEY = ("text", "tokenizer", "seed", "objective", "packing", "length", "within_documents", "tokens", "teacher")
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,10 @@ def key_of(run: Run, text: str, tokenizer: str, teacher: nn.Module) -> dict[str,
     """What a cache's contents depend on; `text` and `tokenizer` are the prepared text's identity and the hash."""
     objective = asdict(run.objective)
     if run.objective.name == "clm":
-        del objective["mask_rate"]  # which has no part in it
+        del objective["mask_rate"], objective["whole_word"]  # which have no part in it
     data = run.data
-    facts = (text, tokenizer, run.seed, objective, data.length, data.within_documents, data.tokens, _hash(teacher))
+    rows = (data.packing, data.length, data.within_documents, data.tokens)
+    facts = (text, tokenizer, run.seed, objective, *rows, _hash(teacher))
     return dict(zip(_KEY, facts, strict=True))
 
 

@@ -69,13 +69,13 @@ def cached(
     """As `prepare`, in a folder of the cache named after the content: a second call opens it at once.
 
     `cache`: by default `cache_folder()`. A prepared folder, as the only source, is opened as it is if it was made with
-    this tokenizer; UserError naming both otherwise.
+    this tokenizer, and with whatever of the settings is not the default; UserError naming both otherwise.
     """
-    ready = _already_prepared(sources, tokenizer)
+    settings = Settings(column, unit, keep_every, held_out, bad_utf8)
+    ready = _already_prepared(sources, tokenizer, settings)
     if ready:
         return ready
     root = Path(cache) if cache else cache_folder()
-    settings = Settings(column, unit, keep_every, held_out, bad_utf8)
     job = Job.of(sources, tokenizer, settings, memory=root / "hashes")
     return _prepare(job, root / "corpora" / job.identity()[:32], processes, progress)
 
@@ -87,7 +87,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "codistill"
 
 
-def _already_prepared(sources: Sequence[str], tokenizer: str | PreTrainedTokenizerFast) -> Corpus | None:
+def _already_prepared(
+    sources: Sequence[str], tokenizer: str | PreTrainedTokenizerFast, settings: Settings
+) -> Corpus | None:
     from codistill.data.tokenizers import load_tokenizer
 
     if isinstance(sources, str) or len(sources) != 1 or not (Path(sources[0]) / "manifest.json").is_file():
@@ -95,10 +97,20 @@ def _already_prepared(sources: Sequence[str], tokenizer: str | PreTrainedTokeniz
     corpus = Corpus.open(sources[0])
     if isinstance(tokenizer, str):
         if tokenizer.startswith("train:"):
-            raise UserError(f"tokenizer {tokenizer}: {corpus.folder} is prepared already; name its tokenizer instead")
+            raise UserError(
+                f"data.tokenizer {tokenizer}: {corpus.folder} is prepared already, with a tokenizer of its own; "
+                "use that with --set data.tokenizer=null"
+            )
         corpus.require(load_tokenizer(tokenizer), tokenizer)
     else:
         corpus.require(tokenizer, name_of(tokenizer))
+    made, usual = corpus.manifest["settings"], asdict(Settings())
+    for name, wanted in asdict(settings).items():
+        if wanted != usual[name] and wanted != made[name]:
+            raise UserError(
+                f"data.{name} {wanted}: {corpus.folder} was prepared with {name} {made[name]}; prepare it anew with "
+                f"{wanted}, or leave that setting out"
+            )
     return corpus
 
 

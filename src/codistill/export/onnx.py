@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from codistill.build import objective_of
 from codistill.config import Run
-from codistill.data.batches import held_out
-from codistill.data.prepare import cached
 from codistill.data.tokenizers import load_tokenizer, vocabulary_size
 from codistill.errors import MachineError, UserError
 from codistill.families import longest
 from codistill.loading import load, read_run
 from codistill.models import load_model
 from codistill.objectives import Batch
+from codistill.texts import corpus_of, held_out_of
 
 TOLERANCE = 1e-4  # by which an ONNX logit may differ from PyTorch's
 _INLINE_BYTES = 1 << 30  # a protobuf holds two gigabytes; larger models keep their weights in a file beside it
@@ -126,18 +124,11 @@ def _held_out(run: Run, tokenizer: Any) -> list[Batch]:
 
     Attention crosses documents in them, whatever the run did: a file knows no other.
     """
-    corpus = cached(run.data.validation, tokenizer)
+    corpus = corpus_of(run.data, "validation", tokenizer)
     recorded = (run.provenance or {}).get("data", {}).get("validation", {}).get("identity")
     if recorded not in (None, corpus.manifest["identity"]):
         raise UserError("data.validation: the text is not what the run was scored on")
-    return held_out(
-        corpus,
-        objective_of(run),
-        length=run.data.length,
-        sequences=_SEQUENCES_AT_ONCE,
-        seed=run.seed,
-        limit=run.evaluate.sequences,
-    )
+    return held_out_of(run, corpus, within_documents=False, sequences=_SEQUENCES_AT_ONCE)
 
 
 class _Score(NamedTuple):
@@ -150,7 +141,8 @@ def _scores(session: Any, batches: Sequence[Batch], vocabulary: int) -> _Score:
     right = loss = rows = 0.0
     for batch in batches:
         ids_BT = batch.inputs["input_ids"]
-        logits_BTV = torch.from_numpy(_run(session, ids_BT, torch.ones_like(ids_BT)))
+        mask_BT = batch.inputs.get("attention_mask", torch.ones_like(ids_BT))  # there where rows are padded
+        logits_BTV = torch.from_numpy(_run(session, ids_BT, mask_BT))
         logits_NV = logits_BTV.flatten(0, 1)[batch.rows_N, :vocabulary]
         weight_N = torch.ones(len(logits_NV)) if batch.row_weight_N is None else batch.row_weight_N
         losses_N = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")

@@ -16,6 +16,14 @@ from codistill.loading import to_dict
 
 FORMAT = 1  # of a cell: raise it when what is computed changes, and old cells are computed anew
 _OF_ARM = "arm:"
+# Settings that came after the first cells were made: at their usual values they are no part of a key.
+_LATER = (
+    ("objective", "whole_word", False),
+    ("data", "column", "text"),
+    ("data", "unit", "document"),
+    ("data", "keep_every", 1),
+    ("data", "packing", "contiguous"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,9 @@ def _needed(by_place: Mapping[tuple[str, str, int], Arm], arm: Arm, name: str) -
 def _bare(run: Run) -> dict[str, Any]:
     data = replace(run.data, train=["text"], validation=["text"])
     tree = to_dict(replace(run, recipe=None, data=data, provenance=None, track=[]))
+    for section, name, usual in _LATER:
+        if tree[section][name] == usual:
+            del tree[section][name]
     return {key: value for key, value in tree.items() if key not in ("checkpoint", "log")}
 
 

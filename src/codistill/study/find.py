@@ -113,7 +113,10 @@ def _check_arms(study: Study, arms: Sequence[Arm]) -> None:
     if twice:
         regime, name, _ = twice[0]
         raise UserError(f"study {study.name}: two arms are called {name!r} in the regime {regime!r}; rename one")
-    texts = {(arm.run.data.tokenizer, *arm.run.data.train, *arm.run.data.validation) for arm in arms}
+    texts = {
+        (of.tokenizer, of.column, of.unit, of.keep_every, *of.train, *of.validation)
+        for of in (arm.run.data for arm in arms)
+    }
     if len(texts) > 1:
         raise UserError(
             f"study {study.name}: its arms have several tokenizers or texts, whose losses cannot stand in one table; "

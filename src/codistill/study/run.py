@@ -2,14 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from codistill.blocks import to_markdown
 from codistill.config import Data
 from codistill.data.corpus import Corpus
-from codistill.data.prepare import cached
 from codistill.distributed import start
 from codistill.errors import MachineError, UserError
 from codistill.files import locked, machine_error, write_file
@@ -23,6 +22,7 @@ from codistill.study.figure import draw
 from codistill.study.page import study_blocks
 from codistill.study.scales import Scale
 from codistill.study.scoring import Scoring, found_in
+from codistill.texts import Part, corpus_of
 
 _BEGIN, _END = "<!-- the table, generated -->", "<!-- end of the table -->"
 
@@ -70,7 +70,8 @@ def _train(request: Request, given: Means, advance: Advance) -> list[str]:
     """Everything that is missing; what there was no memory for. UserError where another study is at work in the folder,
     or what is there is of other text."""
     arms, cells = request.arms, Cells(request.out)
-    text = text_of(given.data, arms[0].run.data.tokenizer or "")
+    data = arms[0].run.data
+    text = text_of(replace(data, train=given.data.train, validation=given.data.validation), data.tokenizer or "")
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         with locked(request.out / ".lock", wait=False):
@@ -85,14 +86,14 @@ def _train(request: Request, given: Means, advance: Advance) -> list[str]:
 
 def text_of(data: Data, tokenizer: str) -> dict[str, str]:
     """What a run records of its text, training and held-out; prepares both if they are not."""
-    train = _prepared(data.train, tokenizer, "data.train")
-    validation = _prepared(data.validation, train.tokenizer(), "data.validation")
+    train = _prepared(data, "train", tokenizer)
+    validation = _prepared(data, "validation", train.tokenizer())
     return {"train": train.manifest["identity"], "validation": validation.manifest["identity"]}
 
 
-def _prepared(sources: list[str], tokenizer: Any, field: str) -> Corpus:
-    with preparing(f"preparing {field}") as progress:
-        return cached(sources, tokenizer, progress=progress)
+def _prepared(data: Data, part: Part, tokenizer: Any) -> Corpus:
+    with preparing(f"preparing data.{part}") as progress:
+        return corpus_of(data, part, tokenizer, progress)
 
 
 def missing_cells(arms: Sequence[Arm], cells: Cells, tasks: tuple[str, ...] = ()) -> list[Arm]:
