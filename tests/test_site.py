@@ -159,11 +159,13 @@ def shortened(words: list[str]) -> list[str]:
     """A command of the pages on a small scale: its own settings last, unless they set the scale."""
     for large, small in SMALLER.items():
         words = [word.replace(large, small) for word in words]
+    if "--against" in words:  # the training itself is the other studies' tests' to run
+        return ["study", words[1], "--plan", "--out", "mine", "--against", str(ROOT / words[-1])]
     if words[0] == "lr":
         return [*words[:-1], "3", *(part for setting in scale() for part in ("--set", setting))]
     if words[0] == "train" and not words[1].endswith("run.yaml"):
-        words = [word for word in words if not word.startswith("steps=")]
-        words = [w for w, after in zip(words, [*words[1:], ""], strict=True) if not (w == "--set" and after == "--out")]
+        kept = [at for at, word in enumerate(words) if not word.startswith("steps=")]
+        words = [words[at] for at in kept if not (words[at] == "--set" and words[at + 1].startswith("steps="))]
         return [*words[:2], *(part for setting in scale() for part in ("--set", setting)), *words[2:]]
     return words
 

@@ -102,9 +102,9 @@ SMALL = Size(
 # sizes are known second-hand and its weights not at all, so it takes the same. Chosen here, because the papers leave
 # it open:
 #   length 128, one sentence a row (30M / 128 sequences × 20 epochs = 4,687,500 steps), the 30M being every fourth;
-#   masking rate 15 %, drawn anew in every epoch; linear decay to 0; betas 0.9 and 0.999, eps 1e-8, weight decay 0.01; clipping at 1; dropout 0.1
-#   (BERT's); temperature 1 with the factor τ²; KL over the masked positions; no next-sentence prediction; the
-#   "quantization" that DWT mentions left out; seed 0.
+#   masking rate 15 %, drawn anew in every epoch; linear decay to 0; betas 0.9 and 0.999, eps 1e-8, weight decay 0.01;
+#   clipping at 1; dropout 0.1 (BERT's); temperature 1 with the factor τ²; KL over the masked positions; no
+#   next-sentence prediction; the "quantization" that DWT mentions left out; seed 0.
 PAPER = Size(
     name="paper",
     models=_by_depth(ModelConfig(family="bert", width=768, dropout=0.1)),
