@@ -1,6 +1,7 @@
 """What is timed side by side does the same work, and costs are those of the arithmetic."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -129,3 +130,9 @@ def test_latency_refuses_what_is_no_model_and_what_is_too_long(text, tmp_path):
     folder = train(small_run("standalone:tiny", text, "steps=1"), tmp_path / "one", device="cpu")
     with pytest.raises(UserError, match=r"--length 100000: .* takes at most 512 tokens"):
         bench_latency([folder], lengths=[100_000], runs=1)
+    for wrong in ({"runs": 0}, {"batch": 0}, {"lengths": [16, 0]}):
+        with pytest.raises(UserError, match="0: at least one is needed"):
+            bench_latency([folder], **wrong)
+    shutil.copytree(folder, tmp_path / "elsewhere" / "one")
+    with pytest.raises(UserError, match="would both be called one/large; rename one folder"):
+        bench_latency([folder, tmp_path / "elsewhere" / "one"], runs=1)

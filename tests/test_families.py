@@ -17,10 +17,12 @@ from codistill.families import FAMILIES, family_of, longest, split
 from codistill.families.family import Chain
 from codistill.families.found import Bypass
 from codistill.loading import load, to_dict
-from codistill.models import Predictor, load_model, new_model
+from codistill.models import Predictor, check_documents_apart, load_model, new_model
+from codistill.plan import plan
 from codistill.schedules import constant
 from codistill.train import train
 from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
+from evaluations import model_folder
 from runs import refused, small_run
 
 CONFIGURED = ("bert", "modernbert", "roberta", "distilbert", "electra", "deberta-v2")
@@ -171,6 +173,56 @@ def test_documents_apart_are_documents_alone_in_every_family(name):
 def test_a_family_that_cannot_keep_documents_apart_is_refused(text, tmp_path):
     run = small_run("standalone", text, "data.within_documents=true", "members.large.model.family=deberta-v2")
     refused("members.large is a deberta-v2, which cannot keep documents apart", run, tmp_path / "run")
+
+
+OTHERS = {
+    "opt": transformers.OPTConfig(
+        vocab_size=50, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
+    ),
+    "bert, as a decoder": transformers.BertConfig(**SIZE, is_decoder=True),
+    "convbert": transformers.ConvBertConfig(**SIZE, embedding_size=16),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_by_proof_that_mixes_documents_is_refused(name):
+    kind = transformers.AutoModelForMaskedLM if name == "convbert" else transformers.AutoModelForCausalLM
+    built = Predictor(kind.from_config(OTHERS[name]), 50)
+    with pytest.raises(UserError, match=r"^data.within_documents: members.a is a \w+, which does not keep documents"):
+        check_documents_apart(built, "members.a")
+    assert built.training
+
+
+@pytest.mark.parametrize("name", ["xlm-roberta", "albert"])
+def test_a_model_by_proof_that_keeps_documents_apart_is_taken(name):
+    check_documents_apart(new(name), "members.a")
+
+
+class OwnLlama(transformers.LlamaForCausalLM):
+    """A user's own class."""
+
+
+@torch.no_grad()
+def test_a_subclass_of_a_causal_model_keeps_documents_apart():
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    built = Predictor(OwnLlama(transformers.LlamaConfig(vocab_size=50, **size)).eval(), 50)
+    ids_BT = torch.randint(50, (1, 12))
+    position_BT = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    apart = built({"input_ids": ids_BT, "position_ids": position_BT}, torch.arange(5, 12))
+    torch.testing.assert_close(apart, built({"input_ids": ids_BT[:, 5:]}, torch.arange(7)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_with_a_model_by_proof_is_planned_and_finished(text, tmp_path):
+    """Its FLOPs are counted on fake tensors, where nothing can be proven again."""
+    place = model_folder(tmp_path / "xlm")
+    transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**SIZE | {"vocab_size": 100})).save_pretrained(
+        place
+    )
+    settings = ["steps=2", f"members.large.path={place}", "members.large.model=null", "data.tokenizer=null"]
+    run = small_run("standalone", text, *settings, "precision=float32")
+    flops = json.loads((train(run, tmp_path / "run") / "results.json").read_text())["members"]["large"]["flops"]
+    assert plan(run, torch.device("cpu")).flops["large"] == flops
+    assert flops["own"] > 0
 
 
 def test_a_family_that_counts_from_padding_needs_a_padding_token():

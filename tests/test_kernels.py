@@ -83,6 +83,20 @@ def test_weights_may_be_tensors(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_tensors_are_matched_by_name_in_whatever_order_they_come(impl):
+    """Members of one width: their gradients would not betray a mix-up by their shapes."""
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = ({n: torch.randn(r, 4, generator=draw).requires_grad_() for n in "ab"} for r in (6, 10))
+    labels = torch.randint(10, (6,), generator=draw)
+    last_first = {name: weight[name] for name in "ba"}
+    loss = linear_cohort_loss(hidden, last_first, {}, labels, hard_weight={"b": 1.0, "a": 2.0}, edges=[], impl=impl)
+    found = torch.autograd.grad(loss.total, [weight["a"], weight["b"], hidden["a"]])
+    hard = {n: torch.nn.functional.cross_entropy(hidden[n] @ weight[n].T, labels) for n in "ab"}
+    expected = torch.autograd.grad(2 * hard["a"] + hard["b"], [weight["a"], weight["b"], hidden["a"]])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("upstream", [1.0, 0.25, -3.0])
 def test_upstream_gradient_scales(impl, upstream):
     case = make(edges=BOTH_WAYS)

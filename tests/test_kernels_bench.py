@@ -84,8 +84,10 @@ def test_peak_memory_is_of_the_step():
         ({"providers": ["mine"]}, "providers: 'mine' is unknown; known are bare products, "),
         ({"dtype": "float16"}, "dtype: 'float16'; wanted 'float32' or 'bfloat16'"),
         ({"device": "tpu"}, "device: 'tpu' is not here"),
+        ({"runs": 0}, "runs 0: at least one is needed"),
+        ({"rows": 0}, "rows 0: at least one is needed"),
     ],
 )
 def test_bad_input(options, message):
     with pytest.raises(UserError, match=message):
-        bench_loss(**TINY, **options)
+        bench_loss(**TINY | options)

@@ -6,6 +6,7 @@ import torch
 from codistill import plan as planning
 from codistill.cli import main
 from codistill.config import ModelConfig
+from codistill.errors import UserError
 from codistill.loading import load, override, to_dict
 from codistill.plan import memory_of, model_of, plan
 from codistill.recipes import find
@@ -92,5 +93,5 @@ def test_a_recipe_without_text_has_a_plan(tmp_path, capsys):
 def test_a_plan_without_a_vocabulary_says_so():
     run = load(override(to_dict(find("standalone:tiny")), ["data.tokenizer=null"]))
     assert run.members["large"].model == ModelConfig(layers=6, width=128)
-    with pytest.raises(planning.UserError, match=r"data\.tokenizer: none is named, and no pre-trained member has one"):
+    with pytest.raises(UserError, match=r"data\.tokenizer: none is named and no member is pre-trained"):
         plan(run, CPU)

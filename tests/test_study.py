@@ -16,7 +16,7 @@ from scipy import stats
 
 from codistill.blocks import to_markdown
 from codistill.cli import main
-from codistill.config import Data
+from codistill.config import Data, ModelConfig
 from codistill.errors import MachineError, UserError
 from codistill.files import locked
 from codistill.loading import load, to_dict
@@ -25,7 +25,7 @@ from codistill.study import worker
 from codistill.study.analysis import analysis, contrast
 from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
 from codistill.study.cells import Cells
-from codistill.study.design import Contrast, edge, frozen, settings
+from codistill.study.design import Contrast, Setting, edge, frozen, settings
 from codistill.study.execute import Means, Stopped, execute
 from codistill.study.figure import figure_of
 from codistill.study.grids import STUDIES
@@ -177,6 +177,20 @@ def test_what_is_needed_comes_before_and_cohorts_are_small():
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
+def test_regimes_that_differ_in_their_models_only_stay_apart():
+    """Arms of one name, steps, text and seed: in one cohort one of the two models would stand for both."""
+    found = []
+    for width in (32, 64):
+        size = replace(SIZE, models={"large": ModelConfig(layers=2, width=width, heads=1)})
+        at = Setting(size, f"{width} wide", 0, None)
+        found += [at.arm(name, {"large": at.learner(size.models["large"])}) for name in ("alone", "again")]
+    groups = grouped(found, 6)
+    assert [[(arm.regime, arm.name) for arm in group] for group in groups] == [
+        [("32 wide", "alone"), ("32 wide", "again")],
+        [("64 wide", "alone"), ("64 wide", "again")],
+    ]
+
+
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_cohort_of_every_study_is_a_valid_run(name, scale):
     study = STUDIES[name]
@@ -365,6 +379,17 @@ def test_a_student_whose_teacher_failed_is_empty_and_says_so(means, tmp_path):
     failed = {arm.name: cells.get(keys[arm.place])["failed"] for arm in every}
     assert failed["taught"] == "what it needs failed: bad: large: its loss was not finite"
     assert failed["alone"] == failed["pair"] == ""
+
+
+def test_what_needs_what_needs_a_failure_is_empty_in_whatever_order_it_stands(means, tmp_path):
+    """taught-again learns from taught, taught from the teacher, which fails; the last comes first."""
+    found = {arm.name: arm for arm in renamed(teacher="bad")}
+    members = found["taught"].run.members | {"teacher": frozen("taught", "large")}
+    again = replace(found["taught"], name="again", run=replace(found["taught"].run, members=members))
+    out = tmp_path / "out"
+    assert execute([again, found["taught"], found["bad"]], out, means) == []
+    cells, keys = Cells(out), keys_of([again, found["taught"], found["bad"]])
+    assert all(cells.get(key)["failed"] for key in keys.values())
 
 
 def test_a_machine_that_fails_is_no_result(means, tmp_path):

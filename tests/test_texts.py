@@ -11,6 +11,7 @@ from codistill.build import build
 from codistill.data.prepare import prepare
 from codistill.distributed import ALONE
 from codistill.errors import UserError
+from codistill.plan import plan
 from codistill.texts import batches_of, corpora
 from codistill.train import Stopped, train
 from runs import assert_same_run, refused, small_run
@@ -125,6 +126,17 @@ def test_a_prepared_folder_of_other_units_is_refused(sentences, tmp_path):
     )
     left_out = small_run("standalone", folder, "data.tokenizer=null")
     assert corpora(left_out, ALONE)[0].folder == folder
+
+
+def test_the_plan_counts_the_passes_that_the_run_counts(sentences, tmp_path):
+    """Of a prepared folder, whose tokenizer both take, in rows that are padded."""
+    folder = tmp_path / "prepared"
+    prepare([str(sentences[0])], "train:wordpiece:200", folder, column="body", unit="sentence")
+    settings = ["data.packing=padded", "data.tokenizer=null", "data.length=24", "precision=float32"]
+    run = small_run("standalone", folder, *settings)
+    results = json.loads((train(run, tmp_path / "run") / "results.json").read_text())
+    assert plan(run, CPU).passes == pytest.approx(results["passes"], abs=1e-3)
+    assert results["passes"] == pytest.approx(20 * 8 / (2 * DOCUMENTS), abs=1e-3)
 
 
 def test_what_is_no_packing_or_unit_is_refused(text):

@@ -24,7 +24,7 @@ from codistill.families.supported import check_documents, check_objective
 from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
-from codistill.models import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.models import Predictor, check_documents_apart, load_model, load_own_tokenizer, new_model
 from codistill.objectives import Batch
 from codistill.provenance import pre_trained, provenance
 from codistill.scores import unigram_cross_entropy
@@ -85,7 +85,11 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         "provenance": provenance(run, [corpus, validation], tokenizer, device),
         "models": models,
     }
-    return materials, {name: Predictor(model, vocabulary_size(tokenizer)) for name, model in models.items()}
+    predictors = {name: Predictor(model, vocabulary_size(tokenizer)) for name, model in models.items()}
+    if run.data.within_documents:
+        for name, predictor in predictors.items():
+            check_documents_apart(predictor, f"members.{name}")
+    return materials, predictors
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:

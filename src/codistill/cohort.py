@@ -91,7 +91,9 @@ class Cohort:
             )
         if any(batch.copies_inputs for batch in micro_batches):
             self._check_labels(step)
-        active = [(edge, weight) for edge in self.distillation if (weight := edge.weight_at(step)) != 0]
+        weights = [(edge, edge.weight_at(step)) for edge in self.distillation]
+        # A weight that is a tensor may be on the device, and to ask whether it is 0 would wait for that.
+        active = [(edge, weight) for edge, weight in weights if isinstance(weight, torch.Tensor) or weight != 0]
         counts = [_num_rows(micro_batches, self.device), *self._relations.count(micro_batches)]
         counts = self.ranks.sum(counts)
         losses = []

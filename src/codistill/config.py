@@ -47,7 +47,7 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Text and its tokenizer. `tokenizer` None: the one of the run's pre-trained members, or of a prepared folder.
+    """Text and its tokenizer. `tokenizer` None: the one of a prepared folder, or of the run's pre-trained members.
 
     `column`: where the text stands in .jsonl and Parquet. `unit`: what a separator ends, document, paragraph or
     sentence; `keep_every` 4: train on one unit of every four. `packing`: rows cut from the running text

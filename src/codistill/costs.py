@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from codistill import schedules
 from codistill.config import DistillationConfig, ModelConfig, Run
+from codistill.families import split
 from codistill.models import Predictor, new_model
 
 Shape = tuple[int, ...]
@@ -53,7 +54,8 @@ def forward_cost(
     with torch.device("meta"):
         copy = type(model)(model.config)
     with FakeTensorMode():
-        predictor = Predictor(_faked(copy), vocabulary).train()
+        fake = _faked(copy)
+        predictor = Predictor(fake, vocabulary, split(fake, is_proven=True)).train()
         ids_BT = torch.zeros(sequences, length, dtype=torch.int64)
         own = {parameter.untyped_storage()._cdata for parameter in predictor.parameters()}
         saved: dict[int, int] = {}

@@ -7,7 +7,7 @@ D width, N predicted rows, V vocabulary.
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from codistill.families import (
     family_of,
     first_position,
     is_causal,
+    is_in_the_table,
     local_window,
     split,
 )
@@ -143,6 +144,39 @@ def _for_each_kind_of_layer(mask_B1TT: Tensor, window: int) -> dict[str, Tensor]
     is_far_TT = (position_T[:, None] - position_T).abs() > window
     nothing = False if mask_B1TT.dtype == torch.bool else torch.finfo(mask_B1TT.dtype).min
     return {"full_attention": mask_B1TT, "sliding_attention": mask_B1TT.masked_fill(is_far_TT, nothing)}
+
+
+@torch.no_grad()
+def check_documents_apart(predictor: Predictor, field: str) -> None:
+    """UserError unless a model that is not of the table keeps the documents of a row apart: with another first document
+    the features of the second have to stay as they are."""
+    model = cast(PreTrainedModel, predictor.model)
+    if is_in_the_table(model):
+        return
+    was_training, half = model.training, 8
+    ids_BT = torch.arange(2 * half, device=predictor.device)[None] % predictor.vocabulary
+    position_T = torch.arange(half, device=predictor.device).repeat(2)
+    inputs = {"position_ids": position_T[None]}
+    if not is_causal(model):
+        number_T = torch.arange(2 * half, device=predictor.device) // half
+        inputs["attention_mask"] = (number_T[:, None] == number_T)[None, None]
+    rows_N = torch.arange(half, 2 * half, device=predictor.device)
+    try:
+        one, other = (
+            predictor.eval()({"input_ids": torch.cat([first, ids_BT[:, half:]], 1), **inputs}, rows_N)
+            for first in (ids_BT[:, :half], ids_BT[:, :half].flip(1))
+        )
+        moved = ((one - other).abs().max() / one.abs().max()).item()
+        reason = f"with another first document the second one's features move by {moved:.1g}" if moved > 1e-5 else ""
+    except Exception as failure:  # whatever a stranger's forward raises
+        reason = f"{type(failure).__name__} with such inputs"
+    finally:
+        predictor.train(was_training)
+    if reason:
+        raise UserError(
+            f"data.within_documents: {field} is a {model.config.model_type}, which does not keep documents apart "
+            f"({reason}); give another family, or leave it out"
+        )
 
 
 def call_options(model: PreTrainedModel) -> dict[str, bool]:

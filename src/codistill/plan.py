@@ -16,13 +16,12 @@ from codistill.config import Run
 from codistill.costs import forward_cost, member_flops
 from codistill.data.corpus import read_manifest
 from codistill.data.tokenizers import load_tokenizer, parse_training_spec, vocabulary_size
-from codistill.errors import UserError
 from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
 from codistill.kernels.rows import scratch_bytes
 from codistill.member import Member
-from codistill.models import Predictor, load_model, load_own_tokenizer, new_model
+from codistill.models import Predictor, load_model, new_model
 from codistill.objectives import Batch
-from codistill.provenance import pre_trained
+from codistill.texts import tokenizer_spec
 
 _STEPS_TRIED = 3
 _MOST_FLOPS_TRIED = {"cpu": 2e12, "cuda": 2e15}  # of a step: above, trying some would itself take minutes
@@ -74,7 +73,9 @@ def _passes(run: Run, tokens: int) -> float | None:
     """How often `run` sees its text, if `data.tokens` or a prepared folder says how long that is."""
     unique, sources = run.data.tokens, run.data.train
     if len(sources) == 1 and (Path(sources[0]) / "manifest.json").is_file():
-        whole = int(read_manifest(Path(sources[0]))["tokens"])
+        manifest = read_manifest(Path(sources[0]))
+        # What a run counts are positions: of padded rows, which hold a unit each, those of the padding too.
+        whole = manifest["units"] * run.data.length if run.data.packing == "padded" else manifest["tokens"]
         unique = min(unique or whole, whole)
     return tokens / unique if unique else None
 
@@ -189,13 +190,7 @@ def _rows(run: Run) -> int:
 
 def _vocabulary(run: Run) -> int:
     """How many tokens the run tells apart."""
-    spec = run.data.tokenizer
-    if spec is None:
-        path = next(iter(pre_trained(run).values()), None)
-        tokenizer = None if path is None else load_own_tokenizer(path)
-        if tokenizer is None:
-            raise UserError("data.tokenizer: none is named, and no pre-trained member has one; name a tokenizer")
-        return vocabulary_size(tokenizer)
+    spec = tokenizer_spec(run)
     return parse_training_spec(spec)[1] if spec.startswith("train:") else vocabulary_size(load_tokenizer(spec))
 
 

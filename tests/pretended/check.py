@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 from gpu import pretend, reads  # first: torch must not be there yet
+from torch import float32, tensor
 
 from codistill import caching
-from codistill.cohort import Cohort
+from codistill.cohort import Cohort, Distillation
+from codistill.errors import UserError
 from codistill.evaluate.run import evaluate
 from codistill.generate import generate
 from codistill.loading import load, override, to_dict
 from codistill.train import Stopped, train
+from cohorts import VOCABULARY, batch, member
 from evaluations import QUICK, labelled, model_folder, pairs, write
 from runs import assert_same_run, small_run, with_teachers
 
@@ -90,6 +93,24 @@ class Checks:
             device=self.device,
         )
         return {cell["task"]: cell["failed"] or cell["score"] for cell in found["cells"]}
+
+    def wrong_label(self):
+        """A label that is no token, and an edge whose weight is a tensor: which member failed, or the refusal."""
+        members = [member(name, dropout=0.0) for name in ("one", "two")]
+        for each in members:
+            each.predictor.to(self.device)
+        weight = tensor(0.5).to(self.device)
+        cohort = Cohort(members, [Distillation("one", "two", weight=weight)], precision=float32)
+        wrong = batch(0)
+        wrong.labels_N[3] = VOCABULARY
+        try:
+            cohort.step(0, batch(1).to(self.device))
+            cohort.step(1, wrong.to(self.device))
+        except UserError as refusal:
+            return str(refusal)
+        failure = cohort.failure()
+        assert failure is not None
+        return str(failure)
 
     def continued(self):
         return generate(self.causal, "large", "the cat", tokens=5, temperature=0.0, device=self.device)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModel
 
-from codistill.bench.measure import interleaved, machine, place_of
+from codistill.bench.measure import check_counts, interleaved, machine, place_of
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.folders import members_of
@@ -43,7 +43,11 @@ def bench_latency(
     and a length that a model cannot take.
     """
     place_of(device)
-    found = {name: place for path in models for name, place in _found(path).items()}
+    check_counts(runs=runs, batch=batch, length=min(lengths))
+    found: dict[str, Path] = {}
+    for name, place in ((name, place) for path in models for name, place in _found(path).items()):
+        if found.setdefault(name, place) != place:
+            raise UserError(f"models: {place} and {found[name]} would both be called {name}; rename one folder")
     longest_asked = max(lengths)
     answers = {name: _answer(place, device, longest_asked) for name, place in found.items()}
     rows = [_facts(name, place) for name, place in found.items()]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import interleaved, machine, peak_bytes, place_of, summary
+from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary
 from codistill.bench.providers import MEMBERS, PROVIDERS, Loss, Setting, random_setting
 from codistill.errors import UserError
 
@@ -39,6 +39,7 @@ def bench_loss(
     """
     chosen = list(PROVIDERS) if providers is None else list(providers)
     _check(device, dtype, chosen)
+    check_counts(rows=rows, vocabulary=vocabulary, width=width, runs=runs)
     low = dtype == "bfloat16"
     setting = random_setting(device, low, rows, vocabulary, width)
     close = replace(random_setting(device, low, min(rows, 256), vocabulary, width, APART), hard_weight=0.0)
@@ -74,7 +75,8 @@ def table(result: dict) -> Table:
     setting = result["setting"]
     shape = f"{setting['rows']} rows, {setting['width']} -> {setting['vocabulary']}, {setting['dtype']}"
     found = Table("provider", "seconds", "spread", "x plain", "peak MB", "error", "KL error", title=shape)
-    plain = next((row["seconds"]["median"] for row in result["results"] if row["provider"] == "plain"), None)
+    of = {row["provider"]: row["seconds"]["median"] for row in result["results"] if "seconds" in row}
+    plain = of.get("plain")
     for row in result["results"]:
         if "seconds" not in row:
             continue

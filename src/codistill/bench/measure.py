@@ -67,6 +67,13 @@ def summary(seconds: list[float]) -> dict:
     return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds), "runs": seconds}
 
 
+def check_counts(**counts: int) -> None:
+    """UserError naming the first of `counts` that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise UserError(f"{name} {count}: at least one is needed")
+
+
 def place_of(device: str) -> torch.device:
     """The device to measure on; UserError where there is none of that name."""
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):

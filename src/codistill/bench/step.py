@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import interleaved, machine, peak_bytes, place_of, summary
+from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary
 from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_peers import modelopt, pytorch_dml, textbrewer
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
@@ -70,6 +70,7 @@ def bench_step(
     if unknown:
         raise UserError(f"providers: {unknown[0]!r} is unknown; known are {', '.join(PROVIDERS)}")
     place = place_of(device)
+    check_counts(runs=runs)
     keep_freed_memory()  # for all alike, as a run does
     run = replace(run, precision=resolved_precision(run, place))
     built = build(run, place)

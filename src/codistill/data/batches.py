@@ -75,10 +75,6 @@ class Batches:
         # What is put on each micro-batch, given the running number of its first sequence.
         self.beside: Callable[[int, Batch], Batch] = lambda first, batch: batch
 
-    def epoch_of(self, step: int) -> float:
-        """Passes over the text before `step`."""
-        return step * self.sequences / self.num_rows
-
     def at(self, step: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
         """The `accumulate` micro-batches of one rank at one step (B = sequences / accumulate / world, T), on the CPU.
         UserError when the sequences cannot be shared out evenly."""

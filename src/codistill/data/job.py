@@ -28,12 +28,11 @@ _WORTH_A_PROCESS = 4 << 20
 @dataclass(frozen=True)
 class Progress:
     """How far a preparation is. `part`: "text" or "held_out". Bytes are those of the sources as stored, `total_bytes`
-    0 when not known; `skipped_bytes` were done by an earlier attempt; documents and tokens are those of this one.
+    0 when not known; documents and tokens are those of this one.
     """
 
     part: str
     done_bytes: int
-    skipped_bytes: int
     total_bytes: int
     documents: int
     tokens: int
@@ -42,14 +41,6 @@ class Progress:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def seconds_left(self) -> float | None:
-        """By the bytes read so far; None when that cannot be told."""
-        read = self.done_bytes - self.skipped_bytes
-        if read <= 0 or not self.total_bytes:
-            return None
-        return self.seconds * max(0, self.total_bytes - self.done_bytes) / read
 
 
 @dataclass(frozen=True)
@@ -141,7 +132,7 @@ class Stream:
         self.job, self.part, self.progress = job, part, progress
         self.selection = Selection(job.settings.unit, job.settings.keep_every, share)
         self.reading = Reading(job.settings.column, job.settings.bad_utf8)
-        self.before = self.skipped = self.tokens = self.documents = 0
+        self.before = self.tokens = self.documents = 0
         self.start = time.monotonic()
 
     def blocks(self, skip: int) -> Iterator[list[Fragment]]:
@@ -149,7 +140,7 @@ class Stream:
         blocks = blocks_of(fragments(self._pieces(), self.selection, self.reading))
         for _ in range(skip):
             next(blocks)
-        self.skipped, self.start = self._done(), time.monotonic()
+        self.start = time.monotonic()
         yield from blocks
 
     def report(self, block: Block) -> None:
@@ -158,7 +149,7 @@ class Stream:
         self.documents += block.document_ends.size
         if self.progress:
             total, seconds = sum(source.size for source in self.job.sources), time.monotonic() - self.start
-            counts = (self._done(), self.skipped, total, self.documents, self.tokens, seconds)
+            counts = (self._done(), total, self.documents, self.tokens, seconds)
             self.progress(Progress(self.part, *counts))
 
     def _done(self) -> int:

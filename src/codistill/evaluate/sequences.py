@@ -15,7 +15,7 @@ from codistill.models import call_options
 
 
 class SequencePredictor(nn.Module):
-    """The backbone of a language model with a new head: it takes the place of `members.Predictor` in a cohort.
+    """The backbone of a language model with a new head: it takes the place of `models.Predictor` in a cohort.
 
     `forward(inputs, rows_N)` gives features (N, D) of the sequences `rows_N` of the batch; outputs are
     features @ `output_weight`ᵀ + `output_bias`, one a class, or a single number. `pooling`: the mean over the tokens,

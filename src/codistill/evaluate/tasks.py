@@ -91,11 +91,6 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts[0])
 
-    def part(self, rows: np.ndarray) -> "Examples":
-        """The examples of these row numbers."""
-        texts = tuple([column[row] for row in rows] for column in self.texts)
-        return Examples(texts, None if self.label_N is None else self.label_N[rows], self.source)
-
 
 def read_split(data: Path | None, name: str, split: str) -> Examples | None:
     """The examples of a split (train, dev, dev_matched, dev_mismatched, test…), or None where there are none.

@@ -126,11 +126,15 @@ def _summary(scores: dict[str, Score], how: dict[str, Any]) -> Content:
         "counted": {
             "rows": rows,
             "scored_as": how,
-            "loss_by_source": {_short(name): score.loss for name, score in scores.items()},
+            "loss_by_source": {_short(name, list(scores)): score.loss for name, score in scores.items()},
         },
     }
 
 
-def _short(source: str) -> str:
-    """The last two parts of a path: enough to tell sources apart, and nothing about the machine."""
-    return "/".join(Path(source).parts[-2:])
+def _short(source: str, others: Sequence[str]) -> str:
+    """The end of a path: two parts, or as many as tell it apart from `others`; nothing more about the machine."""
+    parts = Path(source).parts
+    for count in range(2, len(parts)):
+        if sum(Path(other).parts[-count:] == parts[-count:] for other in others) == 1:
+            return "/".join(parts[-count:])
+    return "/".join(parts[-2:])

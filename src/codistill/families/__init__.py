@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from codistill.families.causal import CAUSAL
 from codistill.families.family import Family, Parts, parts_of
-from codistill.families.found import CAUSAL_CLASSES, found
+from codistill.families.found import cut, found, is_causal_class
 from codistill.families.masked import MASKED, MASKED_LEGACY
 
 FAMILIES: Mapping[str, Family] = {**MASKED, **CAUSAL}
@@ -21,6 +21,7 @@ __all__ = [
     "family_of",
     "first_position",
     "is_causal",
+    "is_in_the_table",
     "known_objective",
     "local_window",
     "longest",
@@ -37,7 +38,7 @@ def family_of(config: PreTrainedConfig) -> Family | None:
 def is_causal(model: nn.Module) -> bool:
     """Whether `model` predicts the next token, as its class says, a BERT's for generation too; or, of a backbone, its
     family."""
-    if any(kind.__name__ in CAUSAL_CLASSES for kind in type(model).__mro__):
+    if is_causal_class(model):
         return True
     family = family_of(model.config) if isinstance(model, PreTrainedModel) else None
     return family is not None and family.objective == "clm"
@@ -49,13 +50,21 @@ def known_objective(model: nn.Module) -> str | None:
     return family.objective if family is not None and type(model) is family.model else None
 
 
-def split(model: nn.Module) -> Parts:
-    """`model` cut before its output embedding, by the table or by proof; UserError where neither can say how."""
+def split(model: nn.Module, *, is_proven: bool = False) -> Parts:
+    """`model` cut before its output embedding, by the table or by proof; UserError where neither can say how.
+
+    `is_proven`: the proof was made already, of a model with numbers, which one on fake tensors has not.
+    """
     family = family_of(model.config) if isinstance(model, PreTrainedModel) else None
     # A subclass may do anything to the logits, and some settings do.
     if family is None or type(model) is not family.model or bend(model.config) is not None:
-        return found(model)
+        return cut(model) if is_proven else found(model)
     return parts_of(cast(PreTrainedModel, model), family)
+
+
+def is_in_the_table(model: nn.Module) -> bool:
+    """Whether `model` is cut by the table, whose rows are tested, and not by proof."""
+    return known_objective(model) is not None and bend(cast(PreTrainedModel, model).config) is None
 
 
 def bend(config: PreTrainedConfig) -> str | None:

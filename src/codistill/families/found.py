@@ -32,10 +32,15 @@ class Bypass:
     output: nn.Module
 
     def __call__(self, inputs: Mapping[str, Any], rows_N: Tensor) -> Tensor:
-        options = {"use_cache": False} if type(self.model).__name__ in CAUSAL_CLASSES else {}  # as in `Chain`
+        options = {"use_cache": False} if is_causal_class(self.model) else {}  # as in `Chain`
         with _passing_through(self.output):
             features_BTD = self.model(**inputs, **options).logits
         return features_BTD.flatten(0, 1).index_select(0, rows_N)
+
+
+def is_causal_class(model: nn.Module) -> bool:
+    """Whether the class of `model`, or one that it is made from, is a causal LM of transformers."""
+    return any(kind.__name__ in CAUSAL_CLASSES for kind in type(model).__mro__)
 
 
 def found(model: nn.Module) -> Parts:
@@ -59,6 +64,12 @@ def found(model: nn.Module) -> Parts:
             f"{name!r}: its logits are not its output embedding's ({difference}), so the family cannot be used as it "
             "is; say where its parts are with Predictor.from_module(module, features, output, vocabulary=…)"
         )
+    return cut(model)
+
+
+def cut(model: nn.Module) -> Parts:
+    """`model` before its output embedding, which it has; unproven."""
+    output = cast(nn.Linear, _output_embedding(model))
     return Parts(Bypass(model, output), output)
 
 

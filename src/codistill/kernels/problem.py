@@ -110,21 +110,19 @@ def checked(
     return Problem(
         given=given,
         hidden=hidden,
-        weight=dict(weight),
+        weight={member: weight[member] for member in hidden},  # matched with the rest by position
         bias={member: bias.get(member) for member in hidden},
-        labels_N=labels,
+        labels_N=labels if labels.device.type == "cpu" else labels.clamp(0, rows - 1),
         hard_weight={**{member: _detached(hard_weight[member]) for member in hidden}, **dict.fromkeys(given, 0.0)},
         edges=tuple(edge._replace(weight=_detached(edge.weight)) for edge in edges),
-        scale_N=_scale(hidden, labels, row_weight, denominator),
+        scale_N=_marked(_scale(hidden, labels, row_weight, denominator), labels, rows),
         vocabulary=rows,
     )
 
 
 def check_labels(labels: Tensor, vocabulary: int) -> None:
-    """UserError unless `labels` are int64 ids in [0, vocabulary). Values are looked at on the CPU only.
-
-    Call it where batches are made: on an accelerator, looking would stop the step until the device has caught up.
-    """
+    """UserError unless `labels` are int64 ids in [0, vocabulary). Values are looked at on the CPU only: on an
+    accelerator, looking would stop the step until the device has caught up, and `_marked` tells instead."""
     if labels.dtype != torch.int64 or labels.dim() != 1:
         raise UserError(f"labels: {labels.dtype} of shape {tuple(labels.shape)}; wanted int64 of shape (rows,)")
     if labels.device.type == "cpu" and len(labels):
@@ -229,6 +227,14 @@ def _scale(
     if denominator is None:
         denominator = row_weight.sum()
     return row_weight / denominator.detach().to(dtype).clamp_min(torch.finfo(dtype).tiny)
+
+
+def _marked(scale_N: Tensor, labels_N: Tensor, vocabulary: int) -> Tensor:
+    """On an accelerator, `scale_N` with NaN where the label is no token: a loss that is not finite stops the run, where
+    such a label would teach a token that there is not, or read beyond the weight."""
+    if labels_N.device.type == "cpu":
+        return scale_N
+    return scale_N.masked_fill((labels_N < 0) | (labels_N >= vocabulary), torch.nan)
 
 
 def _types(tensors: Mapping[str, Tensor]) -> str:

@@ -125,14 +125,14 @@ def _with_keys(tree: Any, keys: Mapping[str, str]) -> Any:
 
 
 def grouped(arms: Sequence[Arm], most_members: int) -> list[list[Arm]]:
-    """Arms that share seed, text, batches and all other settings, in cohorts of at most about `most_members` trained
-    members, equal ones counted once. What a study names first comes first, of all seeds, so that a study that is
-    stopped has its main arms."""
+    """Arms that share regime, seed, text, batches and all other settings, in cohorts of at most about `most_members`
+    trained members, equal ones counted once. What a study names first comes first, of all seeds, so that a study that
+    is stopped has its main arms."""
     groups: list[list[Arm]] = []
     for level in _levels(arms):
         frames: dict[str, list[Arm]] = {}
         for arm in level:
-            frames.setdefault(json.dumps(_frame(arm.run), sort_keys=True), []).append(arm)
+            frames.setdefault(json.dumps([arm.regime, _frame(arm.run)], sort_keys=True), []).append(arm)
         for alike in frames.values():
             groups += _cut(alike, most_members)
     rank: dict[tuple[str, str, int], int] = {}

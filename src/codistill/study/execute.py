@@ -131,15 +131,18 @@ class _Execution:
                 self._stop()
 
     def _start(self) -> None:
-        """Fills the free places with work whose teachers are there."""
-        for work in list(self.waiting):
-            if len(self.running) >= self.means.jobs:
-                return
-            state = self._readiness(work)
-            if state == "ready":
-                self.waiting.remove(work)
-                self._launch(work)
-                self.running.append(work)
+        """Fills the free places with work whose teachers are there. Work that falls away, for want of a teacher, may
+        be what work before it waits for, which is then looked at again."""
+        left = None
+        while left != len(self.waiting):
+            left = len(self.waiting)
+            for work in list(self.waiting):
+                if len(self.running) >= self.means.jobs:
+                    return
+                if self._readiness(work) == "ready":
+                    self.waiting.remove(work)
+                    self._launch(work)
+                    self.running.append(work)
 
     def _readiness(self, work: _Work) -> str:
         """Whether all that the arms of `work` need is there; arms whose teacher failed fail here."""
