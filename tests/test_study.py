@@ -176,7 +176,6 @@ def test_what_is_needed_comes_before_and_cohorts_are_small():
             assert len(group) == 1 or len(member_names(group)) <= 20
 
 
-@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
 def test_regimes_that_differ_in_their_models_only_stay_apart():
     """Arms of one name, steps, text and seed: in one cohort one of the two models would stand for both."""
     found = []
@@ -191,6 +190,7 @@ def test_regimes_that_differ_in_their_models_only_stay_apart():
     ]
 
 
+@pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_cohort_of_every_study_is_a_valid_run(name, scale):
     study = STUDIES[name]
