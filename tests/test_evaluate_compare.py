@@ -18,6 +18,7 @@ from codistill.evaluate.compare import (
 )
 from codistill.evaluate.results import Cell
 from codistill.evaluate.tasks import GLUE
+from codistill.evaluate.zero_shot import short_name
 
 
 def cell(model="one", task="glue/rte", seed=0, score=0.5, **more):
@@ -136,3 +137,8 @@ def test_every_model_has_its_own_mean():
 def test_failed_seeds_do_not_count_as_scores():
     found = comparisons([cell(score=0.4), Cell("one", "glue/rte", 1, failed="no memory")])["tasks"]["glue/rte"]["one"]
     assert (found["mean"], found["seeds"], found["failed"]) == (0.4, 1, ["no memory"])
+
+
+def test_sources_keep_as_much_of_their_path_as_tells_them_apart():
+    paths = ["/data/a/x/test.parquet", "/data/b/x/test.parquet", "/data/b/y/test.parquet"]
+    assert [short_name(path, paths) for path in paths] == ["a/x/test.parquet", "b/x/test.parquet", "y/test.parquet"]

@@ -126,12 +126,12 @@ def _summary(scores: dict[str, Score], how: dict[str, Any]) -> Content:
         "counted": {
             "rows": rows,
             "scored_as": how,
-            "loss_by_source": {_short(name, list(scores)): score.loss for name, score in scores.items()},
+            "loss_by_source": {short_name(name, list(scores)): score.loss for name, score in scores.items()},
         },
     }
 
 
-def _short(source: str, others: Sequence[str]) -> str:
+def short_name(source: str, others: Sequence[str]) -> str:
     """The end of a path: two parts, or as many as tell it apart from `others`; nothing more about the machine."""
     parts = Path(source).parts
     for count in range(2, len(parts)):
