@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from codistill.study.grids import STUDIES
+from codistill.study.rerun import compare, counts, write_comparison
 from codistill.study.run import Request, known_cells, tabulate
 from codistill.study.scales import SCALES
 
-FOLDERS = sorted(folder for folder in (Path(__file__).parents[1] / "studies").glob("*") if (folder / "cells").is_dir())
+STUDIES_HERE = Path(__file__).parents[1] / "studies"
+FOLDERS = sorted(folder for folder in STUDIES_HERE.glob("*") if (folder / "cells").is_dir())
+ELSEWHERE = sorted(folder.parent for folder in (STUDIES_HERE / "elsewhere").glob("*/cells"))
 
 
 def request_of(folder: Path) -> Request:
@@ -48,7 +51,7 @@ def test_a_page_has_a_question_an_answer_a_machine_and_its_figure(folder):
 
 
 def test_no_committed_cell_names_a_place_on_somebodys_disk():
-    for folder in FOLDERS:
+    for folder in [*FOLDERS, *ELSEWHERE]:
         for file in (folder / "cells").glob("*.json"):
             assert not re.search(r"/(work|home|root|tmp|Users)/", file.read_text())
 
@@ -61,3 +64,25 @@ def test_what_is_said_of_all_differences_together_is_so():
     words = " ".join((FOLDERS[0].parents[1] / "docs" / "studies.md").read_text().split())
     assert f"of the studies' {len(contrasts)} contrasts," in words
     assert f"{shown} exclude 0, and {sum(c['holm'] for c in contrasts)} after Holm's correction" in words
+
+
+@pytest.mark.parametrize("folder", ELSEWHERE, ids=lambda folder: folder.name)
+def test_a_rerun_is_compared_as_its_cells_say(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+    of = request_of(folder)
+    again = Request(of.study, of.scale, of.seeds, copy)
+    tabulate(again)
+    for name in ("results.json", "table.md"):
+        assert (copy / name).read_text() == (folder / name).read_text()
+    assert write_comparison(again, STUDIES_HERE / folder.name) == (folder / "rerun.md").read_text()
+    assert {cell["key"] for cell in known_cells(of)} == {file.stem for file in (folder / "cells").glob("*.json")}
+
+
+def test_the_page_about_reruns_counts_right():
+    """Its table: study, differences shown, same sign, other sign, not made again; and their sums."""
+    found = {folder.name: counts(compare(request_of(folder), STUDIES_HERE / folder.name)) for folder in ELSEWHERE}
+    keys = ("shown", "same", "other", "not made")
+    found["all"] = {key: sum(of[key] for of in found.values()) for key in keys}
+    page = (STUDIES_HERE / "elsewhere" / "README.md").read_text().replace("`", "")
+    for name, of in found.items():
+        assert f"| {name} | {' | '.join(str(of[key]) for key in keys)} |" in page

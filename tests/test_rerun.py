@@ -58,7 +58,7 @@ def test_a_sign_that_turned_is_counted_and_stands_out(there, tmp_path):
     found = compare(here(tmp_path, {"alone": (5.0, 5.0), "taught": (5.1, 4.95)}), there.out)
     assert counts(found) == {"shown": 2, "same": 0, "other": 1, "not made": 1}
     page = to_markdown(rerun_blocks(found))
-    assert "**Of 2 differences shown there, 0 have the same sign here, 1 the other; 1 were not made again.**" in page
+    assert "**Of 2 differences shown there, 0 have the same sign here, 1 the other; 1 was not made again.**" in page
     row = next(line for line in page.splitlines() if line.startswith("| taught − alone"))
     assert "| -0.995 | [-1.059, -0.931] | 2 | +0.025 | [-0.928, +0.978] | 2 | no |" in row
     assert "| teacher − alone | +0.205 | [+0.141, +0.269] | 2 |  |  |  | not made again |" in page

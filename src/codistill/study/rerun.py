@@ -69,7 +69,7 @@ def rerun_blocks(found: Mapping[str, Any]) -> list[Block]:
     of = counts(found)
     answer = f"Of {of['shown']} differences shown there, {of['same']} have the same sign here"
     answer += f", {of['other']} the other" if of["other"] else ""
-    answer += f"; {of['not made']} were not made again" if of["not made"] else ""
+    answer += f"; {of['not made']} {'was' if of['not made'] == 1 else 'were'} not made again" if of["not made"] else ""
     blocks: list[Block] = [Text(f"{answer}.", important=bool(of["other"])), *_doubles(found["apart"])]
     if found["there"]["text"] != found["here"]["text"]:
         blocks.append(Text("The text is not the same.", important=True))
