@@ -1,5 +1,6 @@
 """A study beside the same one from elsewhere: signs and distances counted by hand, of made-up cells."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,3 +91,16 @@ def test_a_folder_without_this_study_is_one_line(there, tmp_path, capsys):
         main(["study", "causal", "--out", str(tmp_path / "out"), "--against", str(tmp_path)])
     assert stopped.value.code == 2
     assert "there is no results.json; give the folder of a finished study causal" in capsys.readouterr().err
+
+
+def test_the_command_prints_and_writes_the_comparison(tmp_path, capsys):
+    """A committed study against a copy of itself: all signs are kept, and no model moved."""
+    folder = Path(__file__).parents[1] / "studies" / "dwt-temperature"
+    out = tmp_path / "again"
+    shutil.copytree(folder / "cells", out / "cells")
+    main(["study", "dwt-temperature", "--out", str(out), "--against", str(folder)])
+    answer = "Of 7 differences shown there, 7 have the same sign here."
+    assert answer in capsys.readouterr().out
+    page = (out / "rerun.md").read_text()
+    assert answer in page
+    assert "0.000 nats apart in the mean, 0.000 at most; here − there +0.000." in page

@@ -55,15 +55,15 @@ def split(model: nn.Module, *, is_proven: bool = False) -> Parts:
 
     `is_proven`: the proof was made already, of a model with numbers, which one on fake tensors has not.
     """
-    family = family_of(model.config) if isinstance(model, PreTrainedModel) else None
-    # A subclass may do anything to the logits, and some settings do.
-    if family is None or type(model) is not family.model or bend(model.config) is not None:
+    if not is_in_the_table(model):
         return cut(model) if is_proven else found(model)
-    return parts_of(cast(PreTrainedModel, model), family)
+    known = cast(PreTrainedModel, model)
+    return parts_of(known, cast(Family, family_of(known.config)))
 
 
 def is_in_the_table(model: nn.Module) -> bool:
-    """Whether `model` is cut by the table, whose rows are tested, and not by proof."""
+    """Whether `model` is cut by the table, whose rows are tested, and not by proof: a subclass may do anything to the
+    logits, and some settings do."""
     return known_objective(model) is not None and bend(cast(PreTrainedModel, model).config) is None
 
 
