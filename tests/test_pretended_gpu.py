@@ -58,3 +58,10 @@ def test_precision_is_that_of_the_gpu(seen):
 def test_no_step_waits_for_the_gpu(seen):
     assert seen["in a step"] == []
     assert any(read.startswith("watch.py") for read in seen["reads"])  # asked where it is logged
+
+
+def test_batches_are_copied_from_pinned_memory(seen):
+    stacks = [[name for name in stack.split() if name != "objectives.py"] for stack in seen["waits"]]
+    by = {stack[-1] for stack in stacks if stack}
+    assert "build.py" in by  # the held-out text, once a run: such copies are noticed
+    assert "train.py" not in by

@@ -7,7 +7,7 @@ rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -66,7 +66,13 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`; from pinned memory the copies do not wait."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """This batch in page-locked memory, from which a GPU copies while the host goes on."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> Batch:
         weight = None if self.row_weight_N is None else move(self.row_weight_N)
         lengths = None if self.lengths_B is None else move(self.lengths_B)
         inputs = {name: move(tensor) for name, tensor in self.inputs.items()}
@@ -74,8 +80,15 @@ class Batch:
             name: move(given) if isinstance(given, Tensor) else type(given)(*map(move, given))
             for name, given in self.cached.items()
         }
-        rows = {"rows_N": move(self.rows_N), "labels_N": move(self.labels_N), "row_weight_N": weight}
-        return replace(self, inputs=inputs, cached=cached, lengths_B=lengths, **rows)
+        return replace(
+            self,
+            inputs=inputs,
+            rows_N=move(self.rows_N),
+            labels_N=move(self.labels_N),
+            row_weight_N=weight,
+            cached=cached,
+            lengths_B=lengths,
+        )
 
 
 def _copies(inputs: Mapping[str, Tensor], rows_N: Tensor, labels_N: Tensor) -> bool:

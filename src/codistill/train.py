@@ -149,7 +149,9 @@ def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_
         a_step = run.batch.sequences * run.data.length
         log = ranks.together(lambda: MetricsLog(file, first, a_step, tracker.log, run.tokens_by(first)))
         save = partial(saver.save, members=trained)
-        with closing(prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world)) as batches:
+        pinned = built.cohort.device.type == "cuda"
+        ahead = prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world, pinned=pinned)
+        with closing(ahead) as batches:
             ending = _loop(run, built, first, batches, log, advance, asked_to_stop, save)
         saver.finish()
     if ending is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu import pretend, reads  # first: torch must not be there yet
+from gpu import pretend, reads, waits  # first: torch must not be there yet
 from torch import float32, tensor
 
 from codistill import caching
@@ -142,7 +142,7 @@ def main(text: Path, folder: Path) -> None:
             found[name].append(getattr(checks, name)())
         low = checks.trained(small_run("ctcd", text, *SHORT, f"distillation=[{EDGES}]"))
     found["bfloat16"] = json.loads((low / "results.json").read_text())["precision"]
-    print(json.dumps({"found": found, "reads": sorted(set(reads)), "in a step": inside}))
+    print(json.dumps({"found": found, "reads": sorted(set(reads)), "in a step": inside, "waits": sorted(waits)}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <cstdlib>
+#include <mutex>
+#include <set>
+
 using c10::Device;
 using c10::DeviceIndex;
 using c10::DeviceType;
@@ -27,6 +31,26 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
 };
 
+// Memory that counts as page-locked is memory that was asked for as such.
+struct Pinned final : c10::Allocator {
+  static inline std::mutex mutex;
+  static inline std::set<const void*> given;
+
+  static void drop(void* at) {
+    std::lock_guard<std::mutex> lock(mutex);
+    given.erase(at);
+    std::free(at);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    void* at = std::malloc(bytes ? bytes : 1);
+    std::lock_guard<std::mutex> lock(mutex);
+    given.insert(at);
+    return {at, at, &drop, Device(DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &drop; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+};
+
 namespace c10::impl {
 C10_REGISTER_GUARD_IMPL(CUDA, Guard);
 }
@@ -46,6 +70,14 @@ struct CUDAHooks : CUDAHooksInterface {
   DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
   DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  Allocator* getPinnedMemoryAllocator() const override {
+    static Pinned pinned;
+    return &pinned;
+  }
+  bool isPinnedPtr(const void* at) const override {
+    std::lock_guard<std::mutex> lock(Pinned::mutex);
+    return Pinned::given.count(at) > 0;
+  }
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 }  // namespace at

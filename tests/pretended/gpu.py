@@ -2,8 +2,8 @@
 
 What a program does with a device is then seen on a machine without one: an operation between tensors of the CPU and of
 the GPU is refused as CUDA refuses it, and reads of values, for which the host would wait, are written down in `reads`
-(but for those inside an operation, as of an index of truth values). Speed, kernels' numbers and memory are not seen.
-`gpu.cpp`, compiled, must be loaded before torch is imported.
+(but for those inside an operation, as of an index of truth values), and copies from memory not pinned in `waits`.
+Speed, kernels' numbers and memory are not seen. `gpu.cpp`, compiled, must be loaded before torch is imported.
 """
 
 # ruff: noqa: E402 (the library comes before torch)
@@ -28,6 +28,7 @@ from codistill.kernels import triton_rows
 HERE = torch.device("cuda", 0)
 aten = torch.ops.aten
 reads: list[str] = []
+waits: set[str] = set()  # copies to the GPU from memory that is not pinned: files of the library that were under way
 
 _MIXES = {aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 _READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default}
@@ -83,6 +84,8 @@ def _run(func, args: tuple, kwargs: dict) -> Any:
         raise RuntimeError(f"{func.name()}: expected all tensors to be on the same device, but some are on the CPU")
     if there and (func in _READS or (func in (aten._to_copy.default, aten.copy_.default) and not goes_there)):
         _read()
+    if func is aten._to_copy.default and goes_there and not there and args[0].dim() > 0 and not args[0].is_pinned():
+        waits.add(" ".join(Path(f.filename).name for f in traceback.extract_stack() if "/codistill/" in f.filename))
     found = _computed(func, args, dict(kwargs))
     if not goes_there:
         return args[0] if func is aten.copy_.default else found

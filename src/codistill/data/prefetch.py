@@ -16,9 +16,10 @@ _PATIENCE = 0.05
 
 
 def prefetched(
-    batches: Batches, first: int, last: int, *, rank: int = 0, world: int = 1, depth: int = 2
+    batches: Batches, first: int, last: int, *, rank: int = 0, world: int = 1, depth: int = 2, pinned: bool = False
 ) -> Generator[list[Batch]]:
-    """What `batches.at(step)` gives for each step from `first` to before `last`, made up to `depth` steps ahead.
+    """What `batches.at(step)` gives for each step from `first` to before `last`, made up to `depth` steps ahead;
+    `pinned`: in page-locked memory, for a GPU.
 
     A batch depends on nothing but its step, so this cannot change results. Errors are raised at the step they belong
     to. Close the generator (`contextlib.closing`) when it is left early; that ends the thread.
@@ -29,7 +30,8 @@ def prefetched(
     def make() -> None:
         for step in range(first, last):
             try:
-                made: list[Batch] | Exception = batches.at(step, rank=rank, world=world)
+                found = batches.at(step, rank=rank, world=world)
+                made: list[Batch] | Exception = [batch.pinned() for batch in found] if pinned else found
             except Exception as error:
                 made = error
             if not _put(ready, made, stop) or isinstance(made, Exception):
