@@ -351,6 +351,18 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_another_tokenizer_is_refused_before_text_is_prepared(text, teacher, tmp_path, monkeypatch):
+    cache, vocabulary = tmp_path / "cache", tmp_path / "vocab.txt"
+    monkeypatch.setenv("CODISTILL_CACHE", str(cache))
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]))
+    named = small_run("dwt", text, f"members.weak.path={teacher}", f"data.tokenizer={vocabulary}")
+    refused("has another tokenizer than the run's", named, tmp_path / "run")
+    assert not (cache / "corpora").exists()
+    trained = small_run("dwt", text, f"members.weak.path={teacher}", "data.tokenizer='train:bpe:300'")
+    refused("has another tokenizer than the run's", trained, tmp_path / "run")
+    assert len(list((cache / "corpora").iterdir())) == 1  # without the held-out text
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_member_and_rows(text, tmp_path):
     run = small_run("standalone", text, "members.large.lr=1e30", "members.large.clip=1e30", "precision=float32")
     with pytest.raises(

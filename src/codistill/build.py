@@ -68,9 +68,8 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         for name, member in run.members.items()
         if member.path is not None
     }
-    corpus, validation = corpora(run, ranks)
+    corpus, validation = corpora(run, ranks, partial(_check_tokenizers, run, ranks))
     tokenizer = corpus.tokenizer()
-    _check_tokenizers(run, tokenizer, ranks)
     unseen = held_out_of(run, validation, within_documents=run.data.within_documents)
     batches = batches_of(run, corpus)
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
@@ -227,7 +226,7 @@ def adamw(module: nn.Module, weight_decay: float, betas: Sequence[float], eps: f
 # ---- checks ------------------------------------------------------------------------------------
 
 
-def _check_tokenizers(run: Run, tokenizer: PreTrainedTokenizerFast, ranks: Ranks) -> None:
+def _check_tokenizers(run: Run, ranks: Ranks, tokenizer: PreTrainedTokenizerFast) -> None:
     wanted = tokenizer_hash(tokenizer)
     for name, path in pre_trained(run).items():
         own = load_own_tokenizer(path)

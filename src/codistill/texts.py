@@ -12,7 +12,7 @@ from codistill.config import Data, Run
 from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
-from codistill.data.tokenizers import Vocabulary
+from codistill.data.tokenizers import Vocabulary, load_tokenizer
 from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.objectives import Batch, CausalLM, MaskedLM
@@ -23,10 +23,19 @@ Part = Literal["train", "validation"]
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
 
 
-def corpora(run: Run, ranks: Ranks) -> tuple[Corpus, Corpus]:
-    """What is trained on and what is scored on; UserError for what cannot be had."""
+def corpora(
+    run: Run, ranks: Ranks, check: Callable[[PreTrainedTokenizerFast], None] = lambda _: None
+) -> tuple[Corpus, Corpus]:
+    """What is trained on and what is scored on; UserError for what cannot be had. `check` sees the tokenizer before any
+    text is prepared with it, or as soon as it has been trained."""
     _check_sources(run)
-    train = _prepared(run, "train", tokenizer_spec(run), ranks)
+    spec = tokenizer_spec(run)
+    is_new = spec.startswith("train:")
+    if not is_new:
+        check(load_tokenizer(spec))
+    train = _prepared(run, "train", spec, ranks)
+    if is_new:
+        check(train.tokenizer())
     validation = _prepared(run, "validation", train.tokenizer(), ranks)
     if ranks.is_main:
         _warn_of_seen_text(train, validation)
