@@ -17,7 +17,7 @@ from codistill.errors import UserError
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.subjects import find_models, load_subject
 from codistill.train import train
-from evaluations import QUICK, glue_folder, model_folder, pairs, write
+from evaluations import QUICK, glue_folder, model_folder, pairs, sentences, write
 from runs import small_run
 
 SOURCE = str(Path(__file__).parents[1] / "src")
@@ -136,6 +136,21 @@ def test_a_family_that_no_table_knows(data, tmp_path):
 
 
 # ---- models ------------------------------------------------------------------------------------
+
+
+def test_the_column_of_held_out_text_can_be_named(folder, tmp_path):
+    one, other = sentences(60, 3), sentences(60, 4)
+    write(tmp_path / "usual.parquet", {"text": one, "body": other})
+    write(tmp_path / "named.parquet", {"text": other, "body": one})
+
+    def cell(file: str, column: str) -> dict:
+        protocol, text = replace(QUICK, held_out_column=column), [str(tmp_path / file)]
+        return evaluate([str(folder)], ["mlm"], tmp_path / "out", text=text, protocol=protocol)["cells"][0]
+
+    wanted = cell("usual.parquet", "text")["score"]
+    assert cell("named.parquet", "body")["score"] == wanted
+    assert cell("named.parquet", "text")["score"] != wanted  # and not the cell of the other column
+    assert "words" in cell("named.parquet", "words")["failed"]
 
 
 def test_names_of_models(run, folder):

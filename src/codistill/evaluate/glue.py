@@ -23,7 +23,7 @@ from codistill.evaluate.finetune import (
     predictions,
 )
 from codistill.evaluate.jobs import Content, Job, Progress
-from codistill.evaluate.protocol import Protocol
+from codistill.evaluate.protocol import OF_TEXT, Protocol
 from codistill.evaluate.results import Cell, Store, key_of
 from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.subjects import Subject
@@ -96,7 +96,7 @@ def glue_jobs(
         "task": data.name,
         "data": data.content,
         "edges": sorted((contents[e.teacher], contents[e.student]) for e in group.edges),
-        "protocol": {k: v for k, v in asdict(protocol).items() if k not in ("mask_rate", "held_out_length")},
+        "protocol": {k: v for k, v in asdict(protocol).items() if k not in OF_TEXT},
         "precision": str(precision),
         "device": next(iter(group.subjects.values())).model.device.type,
     }

@@ -7,6 +7,8 @@ from codistill.config import limited
 
 # The default learning rate is this over the model's width squared: 1e-3 at 128, 6e-5 at 512, 3e-5 at 768.
 RATE_TIMES_WIDTH_SQUARED = 16.0
+# The settings of held-out text, which have no influence on fine-tuning.
+OF_TEXT = ("mask_rate", "held_out_length", "held_out_column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,8 @@ class Protocol:
     `learning_rates`: none: 16 / width²; one: that; several: the one whose first seed scores best on a slice of the
     training set (`selection_share`) that it was not trained on. `checkpoint` best: the epoch that scores best on
     such a slice. `max_steps`: fewer epochs, and at last a part of one, where they would take more steps.
-    `max_length`: tokens of an example, longer ones are cut and counted. `mask_rate` and `held_out_length`: of held-out
-    masked-LM scores.
+    `max_length`: tokens of an example, longer ones are cut and counted. `mask_rate`, `held_out_length` and
+    `held_out_column`: of scores on held-out text, the last for files that have columns.
     """
 
     learning_rates: list[float] = field(default_factory=list)
@@ -36,3 +38,4 @@ class Protocol:
     temperature: float = limited(1.0, above=0)
     mask_rate: float = limited(0.15, above=0, high=0.9)
     held_out_length: int = limited(128, low=8)
+    held_out_column: str = "text"

@@ -40,7 +40,12 @@ def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision
     """Loss, perplexity and accuracy of all the text together, and the loss of each source."""
     length = min(protocol.held_out_length, subject.positions)
     objective = "clm" if subject.is_causal else "mlm"
-    how = {"tokens_a_row": length, "objective": objective, "tokenizer": tokenizer_hash(subject.tokenizer)}
+    how = {
+        "tokens_a_row": length,
+        "objective": objective,
+        "tokenizer": tokenizer_hash(subject.tokenizer),
+        "column": protocol.held_out_column,
+    }
     key = key_of(
         task="mlm",
         model=subject.content,
@@ -101,7 +106,7 @@ def blimp_job(subject: Subject, pairs: Pairs, limit: int | None, protocol: Proto
 
 def _score_text(subject: Subject, source: str, length: int, protocol: Protocol, precision: torch.dtype) -> Score:
     objective = _objective(subject, protocol)
-    corpus = cached([source], subject.tokenizer)
+    corpus = cached([source], subject.tokenizer, column=protocol.held_out_column)
     batches = held_out(corpus, objective, length=length, sequences=_SEQUENCES_AT_ONCE, seed=0)
     device = subject.model.device
     return score_batches(subject.predictor(), [batch.to(device) for batch in batches], precision)
