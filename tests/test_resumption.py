@@ -102,3 +102,15 @@ def test_the_best_and_every_nth_checkpoint_of_a_run_stay(text, tmp_path):
         if "held_out" in line
     }
     assert steps == {6, 12, 14, min(scores, key=lambda step: scores[step])}
+
+
+def test_what_a_killed_process_was_writing_goes_when_the_run_goes_on(text, tmp_path):
+    run = small_run("standalone", text, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    for left in (".members.partial", ".members.removed"):
+        (tmp_path / "run" / left / "large").mkdir(parents=True)
+    (tmp_path / "run" / ".results.json.0a1b2c3d.partial").write_text("{")
+    (tmp_path / "run" / "mine.partial").write_text("a note")
+    out = train(run, tmp_path / "run", resume=True)
+    assert [file.name for file in out.iterdir() if file.suffix in (".partial", ".removed")] == ["mine.partial"]

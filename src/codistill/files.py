@@ -46,6 +46,12 @@ def remove_folder(place: Path) -> None:
         shutil.rmtree(aside)
 
 
+def remove_left(folder: Path) -> None:
+    """Removes what a process left in `folder` that was killed while it wrote; nobody else may be writing there."""
+    for left in (found for ending in ("partial", "removed") for found in folder.glob(f".*.{ending}")):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def write_file(file: Path, content: str | bytes) -> None:
     """Writes `content` so that `file` holds either all of it or what it held before, whatever happens.
 

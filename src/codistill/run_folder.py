@@ -18,7 +18,7 @@ from codistill.config import Run
 from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
-from codistill.files import atomic_folder, locked, machine_error, remove_folder, write_file
+from codistill.files import atomic_folder, locked, machine_error, remove_folder, remove_left, write_file
 from codistill.folders import LOCK, is_run_folder
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.model_card import model_card
@@ -103,6 +103,7 @@ def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: boo
                 remove_folder(out)
         out.mkdir(parents=True, exist_ok=True)
         held.enter_context(locked(out / LOCK, wait=False))
+        remove_left(out)
         if resume and first < run.steps:
             (out / "results.json").unlink(missing_ok=True)
             remove_folder(out / "members")
