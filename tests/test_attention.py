@@ -1,6 +1,7 @@
 """Short attention in bfloat16 on a CPU: PyTorch's function, no less exact, and only where it is meant to be."""
 
 import threading
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from codistill import attention as short
 from codistill.data.packing import document_mask
+from codistill.families import FAMILIES
+from codistill.families.masked import MASKED
 from cohorts import VOCABULARY, Looks, predictor
 
 
@@ -148,13 +151,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("family", ["modernbert", "bert", "gpt2", "llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("family", "case"),
+    # A DeBERTa cannot be told which positions are whose, and is refused (`check_documents`).
+    [pair for pair in product(FAMILIES, CASES) if pair != ("deberta-v2", "several texts a row")],
+)
 def test_masks_that_are_made_unread_say_the_same(family, case, monkeypatch):
     inputs = CASES[case]()
-    if case == "several texts a row" and family in ("modernbert", "bert"):
+    if case == "several texts a row" and family in MASKED:
         inputs["attention_mask"] = torch.from_numpy(document_mask(inputs["position_ids"].numpy()))
     model = predictor("one", 2, family=family, dropout=0.0).eval()
+    model.model.config.pad_token_id = 0  # as a run's tokenizer gives it
     shown = inputs["attention_mask"] if case == "padding" else torch.ones(3, 16)
     rows_N = shown.flatten().nonzero()[:, 0]
     wanted = model(inputs, rows_N)

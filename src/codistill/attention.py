@@ -95,7 +95,7 @@ def unread_masks(inputs: Mapping[str, Any], device: torch.device) -> Iterator[No
 
     It would look whether `position_ids`, which it makes itself where there are none, begin anew within a row, and
     whether a padding mask hides anything. Here they do where they are given, and it does: a mask is then made where it
-    could have been left out, and says the same. On a CPU, where looking is free, nothing changes. This holds for
+    could have been left out, and says the same. Nor does it look for padding without a mask, to warn of it. On a CPU, where looking is free, nothing changes. This holds for
     the attention implementations sdpa (ours too) and eager; flash and flex attention look in ways of their own.
     """
     if device.type == "cpu":
@@ -127,18 +127,25 @@ def _has_no_use(of_transformers: Callable[..., bool], padding_mask: Tensor | Non
     return of_transformers(padding_mask, *args, **options)
 
 
+def _warn_of_padding(of_transformers: Callable[..., None], model: PreTrainedModel, *args: Any, **options: Any) -> None:
+    """GPT-2 and DeBERTa look at the first and last tokens of every row, in every pass, for a warning."""
+    if _known() is None:
+        of_transformers(model, *args, **options)
+
+
 def _known() -> bool | None:
     """What this thread is told of the rows, if it is inside."""
     return _are_packed.get(get_ident()) if _are_packed else None
 
 
-def _put_before(name: str, instead: Callable[..., Any]) -> None:
-    """Has transformers call `instead` with its own function `name`, if it is there, and the arguments."""
-    own = getattr(masking_utils, name, None)
+def _put_before(place: Any, name: str, instead: Callable[..., Any]) -> None:
+    """Has `place`, of transformers, call `instead` with its own function `name`, if it is there, and the arguments."""
+    own = getattr(place, name, None)
     if own is not None:
-        setattr(masking_utils, name, lambda *args, **options: instead(own, *args, **options))
+        setattr(place, name, lambda *args, **options: instead(own, *args, **options))
 
 
-_put_before("find_packed_sequence_indices", _sequence_numbers)
-_put_before("_ignore_causal_mask_sdpa", _has_no_use)
-_put_before("_ignore_bidirectional_mask_sdpa", _has_no_use)
+_put_before(masking_utils, "find_packed_sequence_indices", _sequence_numbers)
+_put_before(masking_utils, "_ignore_causal_mask_sdpa", _has_no_use)
+_put_before(masking_utils, "_ignore_bidirectional_mask_sdpa", _has_no_use)
+_put_before(PreTrainedModel, "warn_if_padding_and_no_attention_mask", _warn_of_padding)
