@@ -244,3 +244,15 @@ def test_an_engine_that_does_not_fit_is_refused(engine, world, message, monkeypa
         monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UserError, match=message):
         start(engine, "cpu")
+
+
+def test_a_gpu_that_is_named_is_the_current_one(monkeypatch):
+    """Triton launches on the current GPU, and so would everything else that names none."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    assert start("single", "cuda:1").device == torch.device("cuda:1")
+    assert start("single", "cuda").device == torch.device("cuda")
+    assert start("single", "cpu").device == torch.device("cpu")
+    assert chosen == [torch.device("cuda:1")]

@@ -95,8 +95,9 @@ def unread_masks(inputs: Mapping[str, Any], device: torch.device) -> Iterator[No
 
     It would look whether `position_ids`, which it makes itself where there are none, begin anew within a row, and
     whether a padding mask hides anything. Here they do where they are given, and it does: a mask is then made where it
-    could have been left out, and says the same. Nor does it look for padding without a mask, to warn of it. On a CPU, where looking is free, nothing changes. This holds for
-    the attention implementations sdpa (ours too) and eager; flash and flex attention look in ways of their own.
+    could have been left out, and says the same. Nor does it look for padding without a mask, to warn of it. On a CPU,
+    where looking is free, nothing changes. This holds for the attention implementations sdpa (ours too) and eager;
+    flash and flex attention look in ways of their own.
     """
     if device.type == "cpu":
         yield

@@ -236,6 +236,8 @@ def start(engine: str = "auto", device: str | None = None) -> Ranks:
     chosen = _engine(engine)
     place = _device(device, chosen)
     if chosen == "single":
+        if place.index is not None:  # so that what asks for "the GPU" (synchronising, Triton) means this one
+            torch.cuda.set_device(place)
         return Ranks(device=place)
     control = _connected(place.type)
     return Ranks(chosen, dist.get_rank(), dist.get_world_size(), place, control)

@@ -10,6 +10,7 @@ Speed, kernels' numbers and memory are not seen. `gpu.cpp`, compiled, must be lo
 import ctypes
 import os
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,6 +112,19 @@ def _read() -> None:
     reads.append("outside" if place is None else f"{Path(place.filename).name}: {place.line}")
 
 
+chosen: list[torch.device] = []
+
+
+@contextmanager
+def _current(device: torch.device):
+    """As `torch.cuda.device`."""
+    chosen.append(device)
+    try:
+        yield
+    finally:
+        chosen.pop()
+
+
 class _OnTheHost:
     """The row kernel, given the host's memory; every tensor must be of the GPU."""
 
@@ -120,6 +134,7 @@ class _OnTheHost:
     def __getitem__(self, grid):
         def launch(*args, **options):
             assert all(isinstance(x, Pretended) for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+            assert chosen == [HERE]  # Triton launches on the current GPU, whatever the tensors say
             with _disable_current_modes():
                 self.kernel[grid](*tree_map(_inner, args), **options)
 
@@ -136,6 +151,7 @@ def pretend() -> TorchDispatchMode:
         "memory_allocated": 0, "reset_peak_memory_stats": None, "is_initialized": True, "_lazy_init": None,
     }.items():  # fmt: skip
         setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    torch.cuda.device = _current
     torch.cuda.default_generators = (SimpleNamespace(manual_seed=lambda seed: None),)
     tensor = torch.tensor
 

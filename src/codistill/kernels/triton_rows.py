@@ -9,6 +9,8 @@ Shape suffixes: C rows of a chunk, M members, E edges.
 
 # ruff: noqa: RUF005 (Triton compiles no starred tuples)
 # mypy: disable-error-code="assignment"
+from contextlib import nullcontext
+
 import torch
 import triton
 import triton.language as tl
@@ -33,27 +35,28 @@ def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str
     soft_EC = scale_C.new_empty(len(problem.edges), len(labels_C))
     gradients = [head.gradient(len(labels_C)) for head in heads.values()]
     biases = [head.bias_V for head in heads.values()]
-    _row_kernel[(len(labels_C),)](
-        tuple(logits.values()),
-        tuple(z if bias is None else bias for z, bias in zip(logits.values(), biases, strict=True)),
-        tuple(gradients),
-        tuple(gradient.stride(0) for gradient in gradients),
-        labels_C,
-        scale_C,
-        _on_device(problem.hard_weight.values(), problem.dtype, device),
-        _on_device([edge.weight for edge in problem.edges], problem.dtype, device),
-        hard_MC,
-        soft_EC,
-        at_label_MC,
-        len(labels_C),
-        next(iter(logits.values())).stride(0),
-        problem.vocabulary,
-        BIASED=tuple(bias is not None for bias in biases),
-        TRAINED=tuple(head.trained for head in heads.values()),
-        **_tables(problem),
-        BLOCK=min(4096, triton.next_power_of_2(problem.vocabulary)),
-        num_warps=8,
-    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current GPU
+        _row_kernel[(len(labels_C),)](
+            tuple(logits.values()),
+            tuple(z if bias is None else bias for z, bias in zip(logits.values(), biases, strict=True)),
+            tuple(gradients),
+            tuple(gradient.stride(0) for gradient in gradients),
+            labels_C,
+            scale_C,
+            _on_device(problem.hard_weight.values(), problem.dtype, device),
+            _on_device([edge.weight for edge in problem.edges], problem.dtype, device),
+            hard_MC,
+            soft_EC,
+            at_label_MC,
+            len(labels_C),
+            next(iter(logits.values())).stride(0),
+            problem.vocabulary,
+            BIASED=tuple(bias is not None for bias in biases),
+            TRAINED=tuple(head.trained for head in heads.values()),
+            **_tables(problem),
+            BLOCK=min(4096, triton.next_power_of_2(problem.vocabulary)),
+            num_warps=8,
+        )
     return hard_MC, soft_EC, dict(zip(heads, at_label_MC.unbind(), strict=True))
 
 
