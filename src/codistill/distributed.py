@@ -236,8 +236,8 @@ def start(engine: str = "auto", device: str | None = None) -> Ranks:
     chosen = _engine(engine)
     place = _device(device, chosen)
     if chosen == "single":
-        if place.index is not None:  # so that what asks for "the GPU" (synchronising, Triton) means this one
-            torch.cuda.set_device(place)
+        if place.index is not None:
+            torch.cuda.set_device(place)  # so that what asks for "the GPU" (synchronising, Triton) means this one
         return Ranks(device=place)
     control = _connected(place.type)
     return Ranks(chosen, dist.get_rank(), dist.get_world_size(), place, control)
@@ -297,8 +297,7 @@ def _device(asked: str | None, engine: Engine) -> torch.device:
         return device
     if device.index is not None:
         raise UserError(f"--device {asked}: torchrun gives each process a GPU of its own; give cuda, or leave it out")
-    count = torch.cuda.device_count()
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > count:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > (count := torch.cuda.device_count()):
         raise UserError(f"torchrun --nproc-per-node: this node has {count} GPUs; start at most one process for each")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
