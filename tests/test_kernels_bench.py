@@ -46,6 +46,21 @@ def test_a_different_loss_is_not_timed(monkeypatch):
     assert row["reason"] == "RuntimeError: its gradient differs by 1.0e+00"
 
 
+def test_what_there_is_no_memory_for_keeps_nothing_else_from_being_timed(monkeypatch):
+    calls = iter(range(100))
+
+    def peak(step, device):
+        if next(calls) == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB")
+        return 1
+
+    monkeypatch.setattr("codistill.bench.loss.peak_bytes", peak)
+    first, second = bench_loss(**TINY, providers=["plain", "ours, chunked"])["results"]
+    assert first["reason"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert "seconds" not in first
+    assert len(second["seconds"]["runs"]) == 2
+
+
 @pytest.mark.parametrize("hard_only", [False, True])
 def test_the_judge_is_autograd_in_float64(hard_only):
     setting = providers.random_setting("cpu", False, 70, 50, 8)

@@ -6,8 +6,10 @@ import torch
 from codistill import plan as planning
 from codistill.cli import main
 from codistill.config import ModelConfig
+from codistill.costs import forward_cost
 from codistill.errors import UserError
 from codistill.loading import load, override, to_dict
+from codistill.models import new_model
 from codistill.plan import memory_of, model_of, plan
 from codistill.recipes import find
 from plans import planned_and_counted_memory
@@ -43,6 +45,33 @@ def test_on_a_cpu_no_copy_of_the_output_embedding_is_planned():
     assert buffers[torch.float32, "cpu"] - buffers[torch.bfloat16, "cpu"] == 2 * features
     copies = 2 * 5000 * (128 + 64)
     assert buffers[torch.bfloat16, "cuda"] - buffers[torch.float32, "cuda"] == copies - 2 * features
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "llama"])
+def test_attention_on_a_gpu_keeps_no_weights(family):
+    """Of equally many tokens longer rows need no more there: all that is kept is by token, but for a mask or two."""
+    config = ModelConfig(family=family, layers=4, width=64, heads=2, dropout=0.1)
+    model = new_model(config, vocabulary=100, length=256, tokenizer=None, seed=0, name="one")
+    shape = {"vocabulary": 100, "rows": 10, "precision": torch.bfloat16}
+    kept = {
+        (device, length): forward_cost(
+            model, **shape, device=device, length=length, sequences=1024 // length
+        ).saved_bytes
+        for device in ("cpu", "cuda")
+        for length in (64, 256)
+    }
+    pairs = 1024 * (256 - 64)  # tokens · keys
+    assert kept["cuda", 256] - kept["cuda", 64] < 10 * pairs  # of no layer and no head
+    assert kept["cpu", 256] - kept["cpu", 64] > 2 * 4 * 2 * pairs  # of 4 layers and 2 heads, more than once
+
+
+def test_squared_errors_need_room_on_a_gpu_too():
+    def buffers(divergence: str) -> int:
+        run = load(override(to_dict(find("ctcd:tiny")), [f"distillation.0.divergence={divergence}"]))
+        models = {name: model_of(run, name, 5000) for name in run.members}
+        return memory_of(run, models, 5000, torch.float32, "cuda")["the loss's buffers"]
+
+    assert buffers("squared_error") - buffers("reverse_kl") >= 2 * 5000 * 64 * 19 * 4  # at least two members' softmaxes
 
 
 def test_a_plan_says_what_the_run_then_says(text, teacher, tmp_path):

@@ -4,6 +4,8 @@ Both are found by running it on fake tensors, which have shapes and types and no
 """
 
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
 from codistill import schedules
+from codistill.attention import NAME as SHORT_ATTENTION
 from codistill.config import DistillationConfig, ModelConfig, Run
 from codistill.families import split
 from codistill.models import Predictor, new_model
@@ -44,18 +48,37 @@ class Cost:
     width: int
 
 
+class _FusedAttention(TorchFunctionMode):
+    """As on a GPU, whose fused attention keeps no weights, with dropout neither: it draws them again."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if function is nn.functional.scaled_dot_product_attention:
+            kwargs["dropout_p"] = 0.0
+        return function(*args, **kwargs)
+
+
 def forward_cost(
-    model: PreTrainedModel, *, vocabulary: int, sequences: int, length: int, rows: int, precision: torch.dtype
+    model: PreTrainedModel,
+    *,
+    vocabulary: int,
+    sequences: int,
+    length: int,
+    rows: int,
+    precision: torch.dtype,
+    device: str = "cpu",
 ) -> Cost:
     """The cost of a forward pass of `model`, which may be on the meta device, in training mode.
 
-    `rows`: predicted positions among `sequences` × `length`.
+    `rows`: predicted positions among `sequences` × `length`. `device`: cpu or cuda, whose attention keeps more or less.
     """
     with torch.device("meta"):
-        copy = type(model)(model.config)
-    with FakeTensorMode():
+        copy = type(model)(deepcopy(model.config))
+    with FakeTensorMode(), nullcontext() if device == "cpu" else _FusedAttention():
         fake = _faked(copy)
         predictor = Predictor(fake, vocabulary, split(fake, is_proven=True)).train()
+        if device != "cpu" and fake.config._attn_implementation == SHORT_ATTENTION:
+            fake.set_attn_implementation("sdpa")
         ids_BT = torch.zeros(sequences, length, dtype=torch.int64)
         own = {parameter.untyped_storage()._cdata for parameter in predictor.parameters()}
         saved: dict[int, int] = {}

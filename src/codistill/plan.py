@@ -106,14 +106,16 @@ def memory_of(
     rows = _rows(run) // run.batch.accumulate
     shape = {"sequences": run.batch.sequences // run.batch.accumulate, "length": run.data.length, "rows": rows}
     costs = {
-        name: forward_cost(model, vocabulary=vocabulary, precision=precision, **shape) for name, model in models.items()
+        name: forward_cost(model, vocabulary=vocabulary, precision=precision, device=device, **shape)
+        for name, model in models.items()
     }
     trained = run.trained
     softmaxes = {(name, 1.0) for name in models}
     softmaxes |= {(name, e.temperature) for e in run.distillation for name in (e.teacher, e.student)}
     chunk = min(rows, rows_per_chunk(vocabulary, device))
     loss = buffer_bytes(rows, vocabulary, len(models), device)
-    if device == "cpu":  # elsewhere Triton's kernels need none
+    # Elsewhere Triton's kernels need none, and they know no squared error.
+    if device == "cpu" or any(edge.divergence == "squared_error" for edge in run.distillation):
         held = (0, len(trained), 0) if run.compile else (len(softmaxes), len(trained), len(run.distillation))
         loss += scratch_bytes(chunk, vocabulary, *held, device)
     loss += sum(rows * costs[name].width * precision.itemsize for name in trained)  # the features' gradients

@@ -46,9 +46,13 @@ def bench_loss(
     rows_of: dict[str, dict] = {name: {"provider": name} for name in chosen}
     losses = _comparable(setting, close, rows_of)
     steps = {name: _step(setting, loss) for name, loss in losses.items()}
-    for name, step in steps.items():
+    for name in list(steps):
         _clear(setting)  # or the gradients that the step before left behind would count as in use already
-        rows_of[name]["peak_bytes"] = peak_bytes(step, device)
+        try:
+            rows_of[name]["peak_bytes"] = peak_bytes(steps[name], device)
+        except Exception as error:  # for want of memory, say: the others are measured all the same
+            _leave_out(rows_of[name], error, setting)
+            del steps[name]
     for name, seconds in interleaved(steps, runs, device).items() if steps else ():
         rows_of[name]["seconds"] = summary(seconds)
     packages = dict.fromkeys(provider.package for provider in PROVIDERS.values() if provider.package)
@@ -119,10 +123,14 @@ def _comparable(setting: Setting, close: Setting, rows_of: dict[str, dict]) -> d
                     row["kl_error"] = _error(_gradients(close, provider.make(close)), exact_close)
             found[name] = loss
         except Exception as error:  # whatever keeps a peer from running is its row's reason
-            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            if setting.device == "cuda":
-                torch.cuda.empty_cache()
+            _leave_out(row, error, setting)
     return found
+
+
+def _leave_out(row: dict, error: Exception, setting: Setting) -> None:
+    row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _step(setting: Setting, loss: Loss) -> Callable[[], None]:
