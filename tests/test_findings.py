@@ -10,6 +10,10 @@ import torch
 from codistill.cli import main
 from codistill.data.corpus import FORMAT
 from codistill.findings import (
+    CAUSAL_LARGE_OF_A_PAIR,
+    CAUSAL_SMALL_OF_A_PAIR,
+    CAUSAL_TOO_WEAK_TEACHER,
+    CAUSAL_WEAK_TEACHER,
     FINDINGS,
     LARGE_OF_A_PAIR,
     SMALL_OF_A_PAIR,
@@ -29,6 +33,10 @@ LABELS = {
     ("when-it-pays", SMALL_OF_A_PAIR): "small: CTCD, weight 1 − alone",
     ("ctcd", LARGE_OF_A_PAIR): "large: both ways − alone",
     ("ctcd", SMALL_OF_A_PAIR): "small: both ways − alone",
+    ("causal", CAUSAL_WEAK_TEACHER): "large: dwt, weak teacher − alone",
+    ("causal", CAUSAL_TOO_WEAK_TEACHER): "large: dwt, weaker teacher − alone",
+    ("causal", CAUSAL_LARGE_OF_A_PAIR): "large: ctcd − alone",
+    ("causal", CAUSAL_SMALL_OF_A_PAIR): "small: ctcd − alone",
 }
 
 
@@ -48,6 +56,7 @@ def test_every_number_of_passes_is_there_once():
         [1, 20],
         [1, 5, 20],
         [1, 5, 20],
+        *([1, 20] for _ in range(4)),
     ]
 
 
@@ -61,6 +70,16 @@ def test_how_weak_the_teachers_were_is_what_the_study_says():
             alone, taught = regime["rows"]["alone-large/large"], regime["rows"][f"{teacher}/teacher"]
             assert worse[0] < taught["loss"]["mean"] - alone["loss"]["mean"] < worse[1]
             assert taught["parameters"] / alone["parameters"] == pytest.approx(size, abs=0.03)
+    both = json.loads((STUDIES / "causal" / "results.json").read_text())["regimes"]
+    rows = both["one pass"]["rows"]
+    for teacher, worse, size in (("weak", 0.07, 0.7), ("weaker", 0.25, 0.5)):
+        alone, taught = rows["alone-large/large"], rows[f"{teacher}/teacher"]
+        assert taught["loss"]["mean"] - alone["loss"]["mean"] == pytest.approx(worse, abs=0.005)
+        assert taught["parameters"] / alone["parameters"] == pytest.approx(size, abs=0.04)
+    for member in ("alone-large/large", "alone-small/small"):  # "alone it overfits in 20": for one seed it hardly does
+        fell = [of["best"] - of["below"] for of in both["20 passes"]["on_the_plateau"] if of["member"] == member]
+        assert len(fell) == 5
+        assert sum(fall > 0.02 for fall in fell) >= 4
 
 
 @pytest.mark.parametrize(
@@ -71,7 +90,7 @@ def test_how_weak_the_teachers_were_is_what_the_study_says():
         ("dwt:tiny", {"weak": 2, "large": 1}, []),
         ("one-way:tiny", {"large": 2, "small": 1}, []),
         ("standalone:tiny", {"large": 1}, []),
-        ("ctcd-clm:tiny", {"large": 2, "small": 1}, []),
+        ("ctcd-clm:tiny", {"large": 2, "small": 1}, [CAUSAL_LARGE_OF_A_PAIR, CAUSAL_SMALL_OF_A_PAIR]),
     ],
 )
 def test_it_speaks_of_edges_like_those_of_the_study_only(recipe, sizes, said):

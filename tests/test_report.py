@@ -89,9 +89,10 @@ def known_study(monkeypatch):
 
 def made_up_cell(arm) -> dict:
     taught = 0.25 if arm.name == "taught" else 0.0
+    loss = 5.0 + arm.seed - taught - taught * arm.seed / 5
     member = {
-        "loss": 5.0 + arm.seed - taught - taught * arm.seed / 5, "accuracy": 0.1, "parameters": 10, "seconds": 1.0,
-        "flops": {"own": 6, "teachers": 2}, "teachers": [], "curve": [[50, 6.0], [100, 5.0]], "blimp": None,
+        "loss": loss, "accuracy": 0.1, "parameters": 10, "seconds": 1.0,
+        "flops": {"own": 6, "teachers": 2}, "teachers": [], "curve": [[50, 6.0], [100, loss]], "blimp": None,
     }  # fmt: skip
     return {
         "key": "", "arm": arm.name, "regime": arm.regime, "seed": arm.seed, "failed": "", "unigram_loss": 7.0,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from codistill.blocks import to_markdown
+from codistill.blocks import Text, to_markdown
 from codistill.cli import main
 from codistill.config import Data, ModelConfig
 from codistill.errors import MachineError, UserError
@@ -283,6 +283,19 @@ def test_a_stand_alone_model_on_the_plateau_is_named_a_teacher_too():
     found = analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["on_the_plateau"]
     assert [(f["member"], f["seed"]) for f in found] == [("alone/large", 0), ("guide/large", 0)]
     assert [f["below"] for f in found] == pytest.approx([1.4, 0.5])
+
+
+def test_a_model_that_overfits_is_told_from_one_on_the_plateau():
+    """Seed 0 stood at 5.3 before it came back to 5.6; seed 1 never was below its end."""
+    cells = [made_up("alone", 0, 5.6), made_up("alone", 1, 5.7)]
+    cells[0]["members"]["large"]["curve"] = [[1, 6.0], [2, 5.3], [3, 5.6]]
+    found = analysis(STUDY, "toy", 2, cells)
+    assert [f["best"] for f in found["regimes"]["one pass"]["on_the_plateau"]] == pytest.approx([1.7, 1.3])
+    said = [block.text for block in study_blocks(found) if isinstance(block, Text) and block.important]
+    assert said == [
+        "Overfits: alone/large, seed 0, ended 1.40 nats below the unigram, and was 1.70 below at its best.",
+        "On the plateau: alone/large, seed 1, ended only 1.30 nats below the unigram.",
+    ]
 
 
 def test_a_figures_rows_are_the_same_in_all_regimes_whatever_is_missing():

@@ -1,8 +1,8 @@
 """What the committed studies found about whether to distil, for `codistill train --plan`.
 
-The numbers are those of studies/ctcd, studies/when-it-pays and studies/dwt-teacher-quality (a test compares them):
-held-out loss of the taught model minus its twin's alone, in nats, with 95 % intervals over seeds, by passes over the
-text at equal steps, soft weight 1.
+The numbers are those of studies/ctcd, studies/when-it-pays, studies/dwt-teacher-quality and studies/causal (a test
+compares them): held-out loss of the taught model minus its twin's alone, in nats, with 95 % intervals over seeds, by
+passes over the text at equal steps, soft weight 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 from codistill.config import DistillationConfig, Run
 
-WHERE = "in our studies of masked models of 1 M parameters at weight 1 (docs/studies.md)"
+WHERE = {
+    "mlm": "in our studies of masked models of 1 M parameters at weight 1 (docs/studies.md)",
+    "clm": "in our study of causal models of 0.3 M parameters at weight 1 (docs/studies.md)",
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,15 @@ WEAK_TEACHER = "a model taught by a frozen one of 0.75 times its size that is 0.
 TOO_WEAK_TEACHER = "a model taught by a frozen one of 0.3 times its size that is 0.8 to 1.0 nats worse"
 LARGE_OF_A_PAIR = "the larger one of a pair that teaches both ways"
 SMALL_OF_A_PAIR = "the smaller one of a pair that teaches both ways"
+_OVERFITS = "alone it overfits in 20"
+CAUSAL_WEAK_TEACHER = (
+    f"a model taught by a frozen one of 0.7 times its size that is 0.07 nats worse in one pass; {_OVERFITS}"
+)
+CAUSAL_TOO_WEAK_TEACHER = (
+    f"a model taught by a frozen one of half its size that is 0.25 nats worse in one pass; {_OVERFITS}"
+)
+CAUSAL_LARGE_OF_A_PAIR = f"the larger one of a causal pair that teaches both ways; {_OVERFITS}"
+CAUSAL_SMALL_OF_A_PAIR = f"the smaller one of a causal pair that teaches both ways; {_OVERFITS}"
 FINDINGS: Mapping[str, tuple[Finding, ...]] = {
     WEAK_TEACHER: (
         Finding("when-it-pays", 1, -0.049, -0.144, 0.045, seeds=3),
@@ -54,21 +66,41 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
         Finding("when-it-pays", 5, -0.041, -0.162, 0.079, seeds=3),
         Finding("ctcd", 20, -0.031, -0.082, 0.019, seeds=5),
     ),
+    CAUSAL_WEAK_TEACHER: (
+        Finding("causal", 1, -0.039, -0.05, -0.028, seeds=5),
+        Finding("causal", 20, -0.494, -0.547, -0.442, seeds=5),
+    ),
+    CAUSAL_TOO_WEAK_TEACHER: (
+        Finding("causal", 1, 0.026, -0.018, 0.07, seeds=5),
+        Finding("causal", 20, -0.502, -0.568, -0.436, seeds=5),
+    ),
+    CAUSAL_LARGE_OF_A_PAIR: (
+        Finding("causal", 1, 0.05, 0.033, 0.067, seeds=5),
+        Finding("causal", 20, -0.503, -0.591, -0.415, seeds=5),
+    ),
+    CAUSAL_SMALL_OF_A_PAIR: (
+        Finding("causal", 1, -0.03, -0.173, 0.112, seeds=5),
+        Finding("causal", 20, -0.201, -0.258, -0.144, seeds=5),
+    ),
+}
+_OF = {
+    "mlm": (WEAK_TEACHER, TOO_WEAK_TEACHER, LARGE_OF_A_PAIR, SMALL_OF_A_PAIR),
+    "clm": (CAUSAL_WEAK_TEACHER, CAUSAL_TOO_WEAK_TEACHER, CAUSAL_LARGE_OF_A_PAIR, CAUSAL_SMALL_OF_A_PAIR),
 }
 
 
 def advice(run: Run, parameters: Mapping[str, int], passes: float | None) -> list[str]:
-    """What was found for edges like those of `run`, in lines; nothing for other edges and for causal models.
+    """What was found for edges like those of `run`, in lines; nothing for other edges.
 
     `parameters` of each member; `passes`: how often the run sees its text, None where that is not known.
     """
-    edges = run.distillation if run.objective.name == "mlm" else []
-    asked = {name for edge in edges for name in _alike(edge, run, parameters)}
+    asked = {name for edge in run.distillation for name in _alike(edge, run, parameters)}
     found = [name for name in FINDINGS if name in asked]
     if not found:
         return []
     often = "it depends on how often the text is seen" if passes is None else f"the text is seen {passes:.3g} times"
-    lines = [f"does it pay? {often}; held-out loss minus that of the same model alone, {WHERE}:"]
+    where = WHERE[run.objective.name]
+    lines = [f"does it pay? {often}; held-out loss minus that of the same model alone, {where}:"]
     for name in found:
         lines += [f"  {name}", *(f"    {finding}" for finding in FINDINGS[name])]
     return lines
@@ -79,10 +111,11 @@ def _alike(edge: DistillationConfig, run: Run, parameters: Mapping[str, int]) ->
 
     How good a frozen teacher is decides, and is not known here: both findings, each with what it was.
     """
+    weak, too_weak, large, small = _OF[run.objective.name]
     larger = parameters[edge.student] > parameters[edge.teacher]
     if edge.kind != "logits" or parameters[edge.student] == parameters[edge.teacher]:
         return ()
     if run.members[edge.teacher].frozen:
-        return (WEAK_TEACHER, TOO_WEAK_TEACHER) if larger else ()
+        return (weak, too_weak) if larger else ()
     back = any((e.teacher, e.student, e.kind) == (edge.student, edge.teacher, "logits") for e in run.distillation)
-    return ((LARGE_OF_A_PAIR if larger else SMALL_OF_A_PAIR),) if back else ()
+    return ((large if larger else small),) if back else ()

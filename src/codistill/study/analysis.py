@@ -180,14 +180,15 @@ def _verdict(values: Sequence[float], interval: tuple[float, float] | None) -> s
 
 def _on_the_plateau(by: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]:
     """Stand-alone models, teachers' own runs among them, that ended less than `BELOW_UNIGRAM` below the unigram loss of
-    what they were scored on."""
+    what they were scored on, with how far they had come at their `best`: what was further and came back overfits."""
     with_edges = {name.rpartition("/")[0] for name, of in by.items() if any(m["teachers"] for m in of.values())}
     found = []
     for name, of in by.items():
         for seed, member in sorted(of.items()) if name.rpartition("/")[0] not in with_edges else ():
             below = member["unigram_loss"] - member["loss"]
             if below < BELOW_UNIGRAM:
-                found.append({"member": name, "seed": seed, "below": below})
+                best = member["unigram_loss"] - min([member["loss"], *(loss for _, loss in member["curve"])])
+                found.append({"member": name, "seed": seed, "below": below, "best": best})
     return found
 
 

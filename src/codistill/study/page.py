@@ -8,6 +8,7 @@ from codistill.study.analysis import SHOWN
 from codistill.study.design import ONE_PASS
 
 _NOTHING = {"mean": None, "sd": None}
+_OVERFITS = 0.02  # nats above a model's best, at its end
 
 
 def study_blocks(found: Mapping[str, Any]) -> list[Block]:
@@ -69,21 +70,25 @@ def _warnings(regime: str, of: Mapping[str, Any]) -> list[Block]:
     more = max(of["passes"], default=0)
     again: list[Block] = [Text(f"The text is too short for one pass: it was seen {more:.3g} times.", important=True)]
     return (again if regime == ONE_PASS and more > 1 else []) + [
-        Text(f"On the plateau: {name}, {_how_far(below)}.", important=True)
-        for name, below in _by_name(of["on_the_plateau"]).items()
+        Text(_how_far(name, overfits, found), important=True)
+        for (name, overfits), found in _by_name(of["on_the_plateau"]).items()
     ]
 
 
-def _by_name(warnings: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
-    found: dict[str, dict[int, float]] = {}
+def _by_name(warnings: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], list[Mapping[str, Any]]]:
+    """The warnings of each member, those of seeds that had been further and came back apart from the others."""
+    found: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for of in warnings:
-        found.setdefault(of["member"], {})[of["seed"]] = of["below"]
+        found.setdefault((of["member"], of["best"] - of["below"] >= _OVERFITS), []).append(of)
     return found
 
 
-def _how_far(below: Mapping[int, float]) -> str:
-    seeds = f"seed{'s' if len(below) > 1 else ''} {', '.join(map(str, below))}"
-    return f"{seeds}, ended only {_span(sorted(below.values()), '.2f')} nats below the unigram"
+def _how_far(name: str, overfits: bool, found: Sequence[Mapping[str, Any]]) -> str:
+    seeds = f"seed{'s' if len(found) > 1 else ''} {', '.join(str(of['seed']) for of in found)}"
+    below, best = (_span(sorted(of[what] for of in found), ".2f") for what in ("below", "best"))
+    if overfits:
+        return f"Overfits: {name}, {seeds}, ended {below} nats below the unigram, and was {best} below at its best."
+    return f"On the plateau: {name}, {seeds}, ended only {below} nats below the unigram."
 
 
 def contrasts_table(of: Mapping[str, Any]) -> Table:

@@ -73,7 +73,7 @@ _MASKED = replace(
     learner=replace(TINY.learner, lr={"warmup_linear": [2e-3, 0.05]}),
 )
 _MASKED_LAYERS = {"large": 4, "small": 2, "very_weak": 1}
-_CAUSAL = replace(CAUSAL_TINY, data=replace(TINY.data, tokenizer="train:wordpiece:2048"), steps=900)
+_CAUSAL = replace(CAUSAL_TINY, data=replace(TINY.data, tokenizer="train:wordpiece:2048"), steps=_MASKED.steps)
 _CAUSAL_LAYERS = {"large": 4, "small": 2, "extremely_weak": 1}
 _SHALLOW = replace(CAUSAL_PAPER.models["small"], layers=CAUSAL_PAPER.models["small"].layers // 2)
 _CAUSAL_PAPER = replace(CAUSAL_PAPER, models={**CAUSAL_PAPER.models, "extremely_weak": _SHALLOW})

@@ -13,17 +13,17 @@ _SHARES = (0.2, 0.5, 0.8)
 
 
 def _arms(scale: Scale, seed: int) -> list[Arm]:
-    (one_pass,) = settings(scale.causal, seed, passes=(1,))
     models = scale.causal.models
-    large, small = (one_pass.learner(models[role]) for role in ("large", "small"))
-    found = [
-        one_pass.arm("alone-large", {"large": large}),
-        one_pass.arm("alone-small", {"small": small}),
-        one_pass.arm("ctcd", {"large": large, "small": small}, edge("large", "small"), edge("small", "large")),
-    ]
-    for teacher, role in _TEACHERS.items():
-        found.append(one_pass.teacher(teacher, models[role]))
-        found += _taught(one_pass, teacher)
+    found = []
+    for at in settings(scale.causal, seed):
+        large, small = (at.learner(models[role]) for role in ("large", "small"))
+        both = [edge("large", "small"), edge("small", "large")]
+        found.append(at.arm("alone-large", {"large": large}))
+        found.append(at.arm("alone-small", {"small": small}))
+        found.append(at.arm("ctcd", {"large": large, "small": small}, *both))
+        for teacher, role in _TEACHERS.items():
+            found.append(at.teacher(teacher, models[role]))
+            found += _taught(at, teacher)
     return found
 
 
