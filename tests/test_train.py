@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 from codistill import checkpoint
 from codistill.build import build
 from codistill.cli import main
+from codistill.distributed import Ranks
 from codistill.errors import MachineError
 from codistill.files import locked
 from codistill.loading import load, override, read_run, to_dict, to_yaml
@@ -70,6 +71,27 @@ def test_the_resolved_configuration_repeats_the_run(text, tmp_path):
     first = train(small_run("ctcd", text), tmp_path / "first")
     again = train(load(read_run(first / "run.yaml")), tmp_path / "again")
     assert_same_run(first, again)
+
+
+def test_a_deterministic_run_asks_for_it_before_there_is_a_device(text, tmp_path, monkeypatch):
+    """cuBLAS reads its setting once, when a GPU is first used; what somebody else has set stays."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    found = []
+
+    def start(*_):
+        found.append((os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.are_deterministic_algorithms_enabled()))
+        return Ranks()
+
+    monkeypatch.setattr("codistill.distributed.start", start)
+    run = small_run("standalone:tiny", text, "steps=2", "deterministic=true")
+    try:
+        train(run, tmp_path / "one")
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        train(run, tmp_path / "two")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found == [(":4096:8", True), (":16:8", True)]
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 def test_a_seed_changes_the_run(text, tmp_path):

@@ -1,6 +1,7 @@
-"""Making the most of a machine: its precision, compiled layers, and memory that is kept."""
+"""Making the most of a machine: its precision, bits that repeat, compiled layers, and memory that is kept."""
 
 import ctypes
+import os
 import sys
 from importlib.util import find_spec
 from typing import Literal
@@ -59,6 +60,14 @@ def why_not_compile(device: torch.device) -> str | None:
     except Exception as error:  # InvalidCxxCompiler, or whatever starting the compiler raises
         return " ".join(str(error).split())
     return None
+
+
+def be_deterministic() -> None:
+    """The same bits each time on a GPU too, for the rest of the process; to be called before anything is done on one,
+    since cuBLAS reads once how much workspace it may have, and PyTorch refuses to multiply with what it has by default.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:

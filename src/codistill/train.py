@@ -22,7 +22,7 @@ from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.files import machine_error
-from codistill.machine import keep_freed_memory
+from codistill.machine import be_deterministic, keep_freed_memory
 from codistill.metrics import MetricsLog
 from codistill.objectives import Batch
 from codistill.progress import Advance, silent
@@ -69,6 +69,8 @@ def train(
     """
     out = Path(out)
     check_installed(run.track)
+    if run.deterministic:
+        be_deterministic()
     ranks = distributed.start(run.distributed, device)
     if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
@@ -79,8 +81,6 @@ def train(
     keep_freed_memory()
     run = replace(run, precision=resolved_precision(run, ranks.device), compile=resolved_compile(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
-    if run.deterministic:
-        torch.use_deterministic_algorithms(True)
     built = build(run, ranks.device, ranks)
     accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
     ranks.together(accept)
