@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -296,6 +297,26 @@ def test_a_model_that_overfits_is_told_from_one_on_the_plateau():
         "Overfits: alone/large, seed 0, ended 1.40 nats below the unigram, and was 1.70 below at its best.",
         "On the plateau: alone/large, seed 1, ended only 1.30 nats below the unigram.",
     ]
+
+
+def test_models_that_overfit_are_compared_at_their_best_too():
+    """Alone: 5.3 and 5.1 at best, 5.6 and 5.5 at the end; taught: 5.0 and 5.2, where it ends."""
+    cells = [
+        made_up(arm, seed, end)
+        for arm, ends in (("alone", (5.6, 5.5)), ("taught", (5.0, 5.2)))
+        for seed, end in enumerate(ends)
+    ]
+    fit = analysis(STUDY, "toy", 4, cells)["regimes"]["one pass"]["at_best"]
+    for cell, best in zip(cells, (5.3, 5.1), strict=False):
+        cell["members"]["large"]["curve"] = [[50, best], [100, cell["members"]["large"]["loss"]]]
+    found = analysis(STUDY, "toy", 4, cells)
+    (line,) = found["regimes"]["one pass"]["at_best"]
+    assert fit == []
+    assert line["label"] == STUDY.contrasts[0].label
+    assert line["loss"]["mean"] == pytest.approx((-0.3 + 0.1) / 2)
+    half = 12.706 * np.std([-0.3, 0.1], ddof=1) / np.sqrt(2)  # Student's t of one degree of freedom
+    assert line["loss"]["interval"] == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-3)
+    assert any("overfit" in getattr(block, "text", "") for block in study_blocks(found))
 
 
 def test_a_figures_rows_are_the_same_in_all_regimes_whatever_is_missing():

@@ -15,6 +15,7 @@ from codistill.study.scoring import BLIMP, GLUE, score_of
 
 BELOW_UNIGRAM = 1.5  # nats that a stand-alone model must be below the unigram loss: above, it has learned no language
 _SAME_TIME = 0.02  # of a run: looks at curves that are further apart are not compared
+OVERFITS = 0.02  # nats that a model ends above its best
 METRICS = ("loss", "blimp", "glue")
 SHOWN = ("lower", "higher")  # verdicts of a difference whose interval excludes 0
 
@@ -53,6 +54,7 @@ def _regime(study: Study, cells: Sequence[Cell]) -> dict[str, Any]:
         "rows": {name: _row(of) for name, of in by.items()},
         "contrasts": [contrast(c, by) for c in study.contrasts if _is_asked(c, cells)],
         "along": _along(study, by) if study.along else [],
+        "at_best": _at_best(study, by),
         "on_the_plateau": _on_the_plateau(by),
     }
 
@@ -159,6 +161,29 @@ def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> l
     return found
 
 
+def _at_best(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """The contrasts of the loss with each model at the best point of its learning curve, as if training had stopped
+    there, if any of their models overfits."""
+    asked = [c for c in study.contrasts if by.get(c.treated, {}).keys() & by.get(c.control, {}).keys()]
+    names = {name for c in asked for name in (c.treated, c.control)}
+    if not any(np.mean([m["loss"] - _best(m) for m in by[name].values()]) >= OVERFITS for name in names):
+        return []
+    best = {name: {seed: _best(member) for seed, member in by[name].items()} for name in names}
+    return [
+        {
+            "label": c.label,
+            "loss": _difference(
+                [b - best[c.control][seed] for seed, b in best[c.treated].items() if seed in best[c.control]]
+            ),
+        }
+        for c in asked
+    ]
+
+
+def _best(member: Mapping[str, Any]) -> float:
+    return min([member["loss"], *(loss for _, loss in member["curve"])])
+
+
 def _difference(values: Sequence[float]) -> dict[str, Any]:
     interval = t_interval(values) if len(values) > 1 else None
     return {
@@ -187,7 +212,7 @@ def _on_the_plateau(by: Mapping[str, Mapping[int, Any]]) -> list[dict[str, Any]]
         for seed, member in sorted(of.items()) if name.rpartition("/")[0] not in with_edges else ():
             below = member["unigram_loss"] - member["loss"]
             if below < BELOW_UNIGRAM:
-                best = member["unigram_loss"] - min([member["loss"], *(loss for _, loss in member["curve"])])
+                best = member["unigram_loss"] - _best(member)
                 found.append({"member": name, "seed": seed, "below": below, "best": best})
     return found
 

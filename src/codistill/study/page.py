@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from codistill.blocks import Block, Heading, Table, Text
-from codistill.study.analysis import SHOWN
+from codistill.study.analysis import OVERFITS, SHOWN
 from codistill.study.design import ONE_PASS
 
 _NOTHING = {"mean": None, "sd": None}
-_OVERFITS = 0.02  # nats above a model's best, at its end
 
 
 def study_blocks(found: Mapping[str, Any]) -> list[Block]:
@@ -20,7 +19,7 @@ def study_blocks(found: Mapping[str, Any]) -> list[Block]:
         blocks.append(Text(told))
     for regime, of in found["regimes"].items():
         blocks += [Heading(regime, 3), Text(_facts(of)), *_warnings(regime, of), contrasts_table(of), rows_table(of)]
-        blocks += [*_glue(of, found["partial"]), *_along(of)]
+        blocks += [*_at_best(of), *_glue(of, found["partial"]), *_along(of)]
     if found["failed"]:
         blocks.append(Heading("Failed", 3))
         reasons = [[c["arm"], c["regime"], str(c["seed"]), c["failed"]] for c in found["failed"]]
@@ -79,7 +78,7 @@ def _by_name(warnings: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], li
     """The warnings of each member, those of seeds that had been further and came back apart from the others."""
     found: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
     for of in warnings:
-        found.setdefault((of["member"], of["best"] - of["below"] >= _OVERFITS), []).append(of)
+        found.setdefault((of["member"], of["best"] - of["below"] >= OVERFITS), []).append(of)
     return found
 
 
@@ -150,6 +149,19 @@ def _glue(of: Mapping[str, Any], partial: Mapping[str, Mapping[str, str]]) -> li
     not_whole = [Text(f"Not whole, so not comparable with published scores: {'; '.join(short)}.", important=True)]
     head = ["arm / member", *(task.removeprefix("glue/") for task in tasks), "mean"]
     return [Text(words), *(not_whole if short else []), Table(head, rows)]
+
+
+def _at_best(of: Mapping[str, Any]) -> list[Block]:
+    """The contrasts where each model is taken at its best, if some overfit."""
+    if not of["at_best"]:
+        return []
+    words = (
+        "Some of these models overfit. Δ loss with each at the best point of its learning curve, chosen on the text that "
+        "it is scored on, for both sides alike:"
+    )
+    head = ["treated − control", "seeds", "Δ loss, nats", "95 % interval", "shown"]
+    rows = [[line["label"], str(line["loss"]["seeds"]), *difference(line["loss"], 3)] for line in of["at_best"]]
+    return [Text(words), Table(head, rows, words=(3, 4))]
 
 
 def _along(of: Mapping[str, Any]) -> list[Block]:
