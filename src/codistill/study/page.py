@@ -156,8 +156,8 @@ def _at_best(of: Mapping[str, Any]) -> list[Block]:
     if not of["at_best"]:
         return []
     words = (
-        "Some of these models overfit. Δ loss with each at the best point of its learning curve, chosen on the text that "
-        "it is scored on, for both sides alike:"
+        "Some of these models overfit. Δ loss with each at the best point of its learning curve, chosen on the text "
+        "that it is scored on, for both sides alike:"
     )
     head = ["treated − control", "seeds", "Δ loss, nats", "95 % interval", "shown"]
     rows = [[line["label"], str(line["loss"]["seeds"]), *difference(line["loss"], 3)] for line in of["at_best"]]
