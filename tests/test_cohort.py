@@ -1,11 +1,14 @@
 """The contract of one training step (docs/concepts.md): who learns, from what, and with which bits."""
 
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.optim import SGD, AdamW
 
 from codistill.cohort import Cohort, Distillation, Member
+from codistill.distributed import Ranks
 from codistill.objectives import Batch
 from codistill.schedules import build, constant
 from cohorts import Looks, assert_same_bits, batch, member, parameters, predictor, run
@@ -233,6 +236,24 @@ def test_a_step_that_is_not_finite_can_be_skipped_and_counted():
     assert cohort.failure() is None
     with pytest.raises(AssertionError):
         assert_same_bits(before, parameters(cohort, "large"))
+
+
+def noisy(
+    name: str = "lone", *, seed: int = 0, step: int = 0, micro_batches: int = 1, rank: int = 0
+) -> list[torch.Tensor]:
+    """The features of a new member with dropout in each micro-batch of a step, all of which are the same batch."""
+    mine, found = Member(name, built := predictor("lone", dropout=0.5), SGD(built.parameters())), []
+    built.register_forward_hook(lambda *called: found.append(called[-1].detach()))
+    Cohort([mine], seed=seed, ranks=Ranks(rank=rank)).gradients(step, [batch(1)] * micro_batches)
+    return found
+
+
+def test_noise_is_drawn_anew_for_each_seed_step_micro_batch_rank_and_member():
+    drawn = [*noisy(micro_batches=2), *noisy(step=1), *noisy(seed=1), *noisy(rank=1), *noisy("other")]
+    torch.manual_seed(5)  # which has no part in it
+    assert_same_bits(drawn[:2], noisy(micro_batches=2))
+    for one, other in itertools.combinations(drawn, 2):
+        assert (one - other).abs().max() > 0.1 * one.abs().max()
 
 
 def test_each_member_has_its_own_learning_rate_schedule():
