@@ -16,9 +16,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from codistill import checkpoint
-from codistill.build import build
+from codistill.build import adamw, build, edges_of
 from codistill.cli import main
+from codistill.config import DistillationConfig, Layers, Run
 from codistill.distributed import Ranks
+from codistill.edges import Distillation
 from codistill.errors import MachineError
 from codistill.files import locked
 from codistill.loading import load, override, read_run, to_dict, to_yaml
@@ -99,6 +101,64 @@ def test_a_seed_changes_the_run(text, tmp_path):
     other = train(small_run("standalone", text, "steps=2", "seed=1"), tmp_path / "other")
     with pytest.raises(AssertionError):
         assert_same_run(first, other)
+
+
+def test_an_edge_of_the_cohort_has_the_settings_of_the_runs():
+    between = {"teacher": "large", "student": "small"}
+    layers, ramp = Layers(student=[1], teacher=[2]), {"linear": [4, 2]}
+    run = Run(
+        steps=10,
+        distillation=[
+            DistillationConfig(**between, divergence="reverse_kl", temperature=3.0, weight=ramp),
+            DistillationConfig(**between, kind="hidden", layers=layers, weight=0.5),
+            DistillationConfig(**between, kind="relation", relation_heads=6),
+        ],
+    )
+    edges = edges_of(run)
+    assert [[edge.weight_at(step) for step in (0, 5, 10)] for edge in edges] == [[4, 3, 2], [0.5] * 3, [1] * 3]
+    assert [replace(edge, weight=1.0) for edge in edges] == [
+        Distillation("large", "small", "reverse_kl", temperature=3.0),
+        Distillation("large", "small", kind="hidden", layers=layers),
+        Distillation("large", "small", kind="relation", relation_heads=6),
+    ]
+
+
+def test_a_member_of_the_cohort_has_the_settings_of_the_runs(text):
+    large = "hard_weight: {linear: [0, 1]}, clip: 0.25, betas: [0.8, 0.95], eps: 1e-5, weight_decay: 0.2, lr: 0.125"
+    small = "hard_weight: 0.5, clip: 4.0, betas: [0.7, 0.9], eps: 1e-6, weight_decay: 0.3, lr: {linear: [1, 0]}"
+    model = "model: {family: modernbert, layers: 1, width: 32}"
+    run = small_run("ctcd", text, "steps=4", "precision=float32")
+    run = load(override(to_dict(run), [f"members={{large: {{{model}, {large}}}, small: {{{model}, {small}}}}}"]))
+    members = build(run, CPU).cohort.members
+    assert [member.clip for member in members.values()] == [0.25, 4.0]
+    assert [member.hard_weight(3) for member in members.values()] == [0.75, 0.5]
+    assert [member.lr(3) for member in members.values()] == [0.125, 0.25]
+    for member, betas, eps, decay in zip(
+        members.values(), [(0.8, 0.95), (0.7, 0.9)], [1e-5, 1e-6], [0.2, 0.3], strict=True
+    ):
+        groups = member.optimizer.param_groups
+        assert [(group["betas"], group["eps"]) for group in groups] == [(betas, eps)] * 2
+        decays = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
+        assert decays == {2: decay, 1: 0.0}
+
+
+def test_adamw_decays_matrices_and_neither_norms_nor_biases():
+    """Two steps of Loshchilov & Hutter's Algorithm 2, by hand, from 2 with the gradients 1 and 3."""
+    layer = torch.nn.Linear(1, 1).double()
+    optimizer = adamw(layer, 0.5, [0.5, 0.75], eps=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for parameter in layer.parameters():
+        torch.nn.init.constant_(parameter, 2.0)
+    for gradient in (1.0, 3.0):
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, gradient)
+        optimizer.step()
+    first = 0.1 * 1 / (1 + 1)
+    momentum, square = (0.25 * 1 + 0.5 * 3) / 0.75, (0.1875 * 1 + 0.25 * 9) / 0.4375
+    second = 0.1 * momentum / (square**0.5 + 1)
+    assert layer.bias.item() == pytest.approx(2 - first - second)
+    assert layer.weight.item() == pytest.approx((2 * 0.95 - first) * 0.95 - second)
 
 
 def test_quickstarts_twin_is_the_stand_alone_run(text, tmp_path):
