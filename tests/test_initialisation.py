@@ -1,4 +1,4 @@
-"""Members that start from another model: remapped, or by maps learned on the text."""
+"""How members start: at random by their own seed, or from another model, remapped or by maps learned on the text."""
 
 from dataclasses import replace
 
@@ -10,9 +10,31 @@ from codistill.build import build
 from codistill.errors import UserError
 from codistill.loading import load, override, read_run, to_dict
 from codistill.train import train
+from cohorts import assert_same_bits, predictor
 from runs import small_run
 
 CPU = torch.device("cpu")
+
+
+def test_a_random_start_depends_on_the_seed_and_the_members_name_alone():
+    def start(name: str, seed: int) -> list[torch.Tensor]:
+        return [parameter.detach() for parameter in predictor(name, seed=seed).parameters() if parameter.dim() > 1]
+
+    torch.manual_seed(5)
+    one = start("large", 0)
+    torch.manual_seed(6)
+    assert_same_bits(one, start("large", 0))
+    for other in (start("large", 1), start("small", 0)):
+        for a, b in zip(one, other, strict=True):
+            assert (a - b).std() > a.std()  # √2 times as much, where they have nothing in common
+
+
+def test_the_seed_of_a_run_is_that_of_its_members_and_of_their_noise(text):
+    run = small_run("standalone", text, "precision=float32")
+    one, other = (build(replace(run, seed=seed), CPU) for seed in (0, 1))
+    a, b = (built.cohort.members["large"].predictor.output_weight for built in (one, other))
+    assert (a - b).std() > a.std()
+    assert (one.cohort.seed, other.cohort.seed) == (0, 1)
 
 
 def test_a_member_grows_from_another_runs_member(text, teacher, tmp_path):
