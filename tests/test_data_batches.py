@@ -116,6 +116,33 @@ def test_a_new_process_goes_on_the_same(corpus):
     assert content(batches(corpus, seed=2).at(7)) != content(before.at(7))
 
 
+def masked_places(micro_batches) -> list[tuple[int, tuple[int, ...]]]:
+    """Each sequence's sample, and which positions of it are asked."""
+    places = []
+    for batch in micro_batches:
+        rows_BK = (batch.rows_N % LENGTH).reshape(len(batch.sample_ids), -1).sort().values
+        places += zip(batch.sample_ids, map(tuple, rows_BK.tolist()), strict=True)
+    return places
+
+
+def agreement(one: dict, other: dict) -> float:
+    """What part of the entries that both have is the same."""
+    both = one.keys() & other.keys()
+    return sum(one[key] == other[key] for key in both) / len(both)
+
+
+def test_the_order_and_the_masks_each_depend_on_the_seed_and_on_the_epoch(corpus):
+    rows = batches(corpus).num_rows
+    one, other = (batches(corpus, sequences=rows, seed=seed) for seed in (1, 2))  # an epoch a step
+    epochs = [(one, 0), (one, 1), (other, 0)]
+    order, *orders = (dict(enumerate(s.locate(np.arange(rows) + rows * step)[2])) for s, step in epochs)
+    masks, *others = (dict(masked_places(source.at(step))) for source, step in epochs)
+    # Of 15 positions 5 are asked: two choices agree once in 3003.
+    assert len(set(masks.values())) > 0.9 * rows
+    assert all(agreement(order, found) < 0.1 for found in orders)
+    assert all(agreement(masks, found) < 0.1 for found in others)
+
+
 def test_packed_rows_are_the_running_text(corpus):
     source = batches(corpus)
     plain = source.parts[0].rows(np.arange(source.num_rows))
@@ -233,6 +260,26 @@ def test_mixtures_give_exact_shares_and_whole_epochs(corpus, other):
     assert content(halves) == whole
 
 
+def test_each_corpus_of_a_mixture_has_masks_of_its_own(corpus):
+    """The same corpus twice, in samples of the same row and epoch."""
+    source = batches([(corpus, 1.0), (corpus, 1.0)], sequences=900)
+    found = {0: {}, 1: {}}
+    for part, epoch, row, (_, places) in zip(*source.locate(np.arange(900)), masked_places(source.at(0)), strict=True):
+        found[part][epoch, row] = places
+    assert len(found[0].keys() & found[1].keys()) > 20
+    assert agreement(*found.values()) < 0.1
+
+
+def test_which_corpus_comes_when_depends_on_the_seed_and_on_the_stretch(corpus):
+    one, other = (
+        batches([(corpus, 1.0), (corpus, 1.0)], seed=seed).locate(np.arange(20_000))[0].reshape(2, -1)
+        for seed in (1, 2)
+    )
+    assert one.sum(1).tolist() == [5000, 5000]
+    for a, b in ((one[0], one[1]), (one[0], other[0])):
+        assert (a == b).mean() == pytest.approx(0.5, abs=0.05)  # as two coins agree
+
+
 def test_mixtures_of_different_tokenizers_are_refused(corpus, tmp_path):
     foreign = corpus_of(tmp_path, documents(3), "train:wordpiece:100")
     with pytest.raises(UserError, match="prepared with the tokenizer train:wordpiece:100, but"):
@@ -258,6 +305,24 @@ def test_held_out_batches_are_fixed_and_in_order(corpus):
     some = held_out(corpus, MaskedLM(0.3), limit=40, **options)
     assert [len(batch.sample_ids) for batch in some] == [32, 8]
     assert content(some) <= content(every)
+
+
+def test_a_limit_takes_held_out_rows_evenly_from_all_of_the_text(corpus):
+    total = batches(corpus).num_rows
+    some = held_out(corpus, MaskedLM(0.3), length=LENGTH, sequences=32, limit=40)
+    rows = [i for batch in some for i in batch.sample_ids]
+    steps = np.diff([*rows, total])
+    assert rows[0] == 0
+    assert set(steps) <= {total // 40, total // 40 + 1}
+
+
+def test_held_out_masks_depend_on_the_seed_and_are_not_those_of_training(corpus):
+    options = {"length": LENGTH, "sequences": 32}
+    one, other = (dict(masked_places(held_out(corpus, MaskedLM(0.3), seed=seed, **options))) for seed in (1, 2))
+    trained = dict(masked_places(batches(corpus, sequences=len(one), seed=1).at(0)))
+    assert len(set(one.values())) > 0.9 * len(one)
+    assert agreement(one, other) < 0.1
+    assert agreement(one, trained) < 0.1
 
 
 @pytest.mark.parametrize(
