@@ -8,7 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from codistill.build import build
+from codistill.config import DistillationConfig, MemberConfig, Run
+from codistill.costs import member_flops, pass_flops
 from codistill.train import train
+from cohorts import predictor
 from runs import small_run, with_teachers
 
 CPU = torch.device("cpu")
@@ -52,6 +55,21 @@ def test_a_frozen_teacher_of_states_alone_has_no_product_with_its_output_embeddi
     head = 2 * model.config.hidden_size * model.config.vocab_size * rows
     for name, part in (("weak", "own"), ("large", "teachers")):
         assert whole[name][part] - of_members(out)[name][part] == 4 * head
+
+
+def test_a_teacher_that_is_read_from_a_cache_costs_nothing():
+    """Beside it a teacher that is run, for 3 of 4 steps."""
+    live, read = MemberConfig(path="live", frozen=True), MemberConfig(path="read", frozen=True, cached="folder")
+    edges = [
+        DistillationConfig(teacher="live", student="large", weight={"step": {0: 1, 3: 0}}),
+        DistillationConfig(teacher="read", student="large"),
+    ]
+    run = Run(members={"live": live, "read": read, "large": MemberConfig()}, distillation=edges, steps=4)
+    models = {name: predictor(name, family="bert").model for name in run.members}
+    once = pass_flops(models["live"], sequences=run.batch.sequences, length=run.data.length, rows=80)
+    found = member_flops(run, models, rows=80, steps=4)
+    assert found["read"] == {"own": 0, "teachers": 0}
+    assert found["live"]["own"] == found["large"]["teachers"] == 3 * sum(once) > 0
 
 
 def test_peers_pay_for_themselves(text, tmp_path):
