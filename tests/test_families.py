@@ -67,6 +67,28 @@ def test_every_family_of_the_table_can_be_configured():
     assert set(CONFIGURED) == {name for name, family in FAMILIES.items() if family.objective == "mlm"}
 
 
+_AS_BERT = {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+DROPOUTS = {
+    "bert": _AS_BERT,
+    "modernbert": {"embedding_dropout", "attention_dropout", "mlp_dropout"},
+    "roberta": _AS_BERT,
+    "distilbert": {"dropout", "attention_dropout"},
+    "electra": _AS_BERT,
+    "deberta-v2": _AS_BERT,
+    "gpt2": {"embd_pdrop", "attn_pdrop", "resid_pdrop"},
+    **{name: {"attention_dropout"} for name in ("llama", "qwen2", "qwen3", "gemma3_text")},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dropout_of_a_new_model_is_at_every_place_where_its_family_has_one(family):
+    """But not in heads that classify, which a language model lacks."""
+    with torch.device("meta"):
+        built = predictor("a", family=family, dropout=0.375).model
+    assert {name for name, value in built.config.to_dict().items() if value == 0.375} == DROPOUTS[family]
+    assert {module.p for module in built.modules() if isinstance(module, torch.nn.Dropout)} <= {0.375}
+
+
 @pytest.mark.parametrize("name", [*CONFIGURED, *PUBLISHED])
 @torch.no_grad()
 def test_features_times_output_embedding_are_the_models_own_logits(name):
