@@ -252,9 +252,11 @@ def test_mixtures_give_exact_shares_and_whole_epochs(corpus, other):
     assert np.bincount(part).tolist() == [30_000, 10_000]
     assert abs(np.bincount(part[:1000])[0] - 750) < 60
     for number, rows in enumerate(source.parts):
-        here = part == number
-        first = row[here & (epoch == 0)]
-        assert sorted(first) == list(range(rows.num_rows))
+        mine, epochs = row[part == number], epoch[part == number]
+        for at in range(len(mine) // rows.num_rows):  # as they come: each row once, before any comes again
+            passed = slice(at * rows.num_rows, (at + 1) * rows.num_rows)
+            assert sorted(mine[passed]) == list(range(rows.num_rows))
+            assert set(epochs[passed]) == {at}
     whole = content(source.at(5))
     halves = [source.at(5, rank=rank, world=2)[0] for rank in range(2)]
     assert content(halves) == whole

@@ -6,6 +6,7 @@ Shape suffixes: B sequences, T position.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
@@ -111,10 +112,12 @@ class Batches:
         if len(self.parts) == 1:
             return np.zeros_like(index_B), index_B
         stretch_B, place_B = np.divmod(index_B, _MIXED)
-        place_B = permute(place_B, _MIXED, keyed(self.mixture_key, stretch_B))
-        bounds = np.cumsum([0, *self.shares])
-        part_B = np.searchsorted(bounds, place_B, side="right") - 1
-        return part_B, stretch_B * np.array(self.shares)[part_B] + place_B - bounds[part_B]
+        part_B, number_B = np.empty_like(index_B), np.empty_like(index_B)
+        for stretch in np.unique(stretch_B).tolist():
+            here = np.flatnonzero(stretch_B == stretch)
+            part_S, number_S = _mixed(self.mixture_key, stretch, tuple(self.shares))
+            part_B[here], number_B[here] = part_S[place_B[here]], number_S[place_B[here]]
+        return part_B, number_B
 
     def _gather(self, part_B: np.ndarray, row_B: np.ndarray) -> Rows:
         if len(self.parts) == 1:
@@ -129,6 +132,18 @@ class Batches:
 
     def _firsts(self) -> np.ndarray:
         return np.cumsum([0, *(part.num_rows for part in self.parts)])
+
+
+@lru_cache(maxsize=4)
+def _mixed(key: int, stretch: int, shares: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample of a stretch its corpus, and how many of that corpus came before it in all stretches: counted as
+    they come, so that a corpus ends one epoch before it begins the next."""
+    place_S = permute(np.arange(_MIXED), _MIXED, keyed(key, np.full(_MIXED, stretch)))
+    part_S = np.searchsorted(np.cumsum(shares), place_S, side="right")
+    number_S = np.empty_like(place_S)
+    for part, share in enumerate(shares):
+        number_S[part_S == part] = stretch * share + np.arange(share)
+    return part_S, number_S
 
 
 def held_out(
