@@ -7,11 +7,13 @@ from torch.nn.functional import log_softmax
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from codistill.errors import UserError
+from codistill.evaluate import zero_shot
 from codistill.evaluate.blimp import encode_sentences, likelihoods, read_pairs, score_pairs
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.subjects import load_subject
-from codistill.evaluate.zero_shot import find_text
+from codistill.evaluate.zero_shot import blimp_job, find_text
 from codistill.models import Predictor
+from codistill.scores import Score
 from evaluations import QUICK, model_folder, pairs, sentences, write
 
 CPU = torch.device("cpu")
@@ -84,6 +86,19 @@ def test_shares_by_field_and_paradigm_and_ties(tmp_path):
     }
 
 
+def test_the_score_is_the_share_of_pairs_whose_good_sentence_is_the_likelier_one(folder, tmp_path, monkeypatch):
+    """Of a model to which a word more is less likely: two good sentences are the shorter ones, the third is not."""
+    good, bad = ["cat", "cat sat", "dog ran far"], ["the cat sat", "the cat sat on", "dog"]
+    write(tmp_path / "blimp/test.parquet", pairs(3, sentence_good=good, sentence_bad=bad))
+    monkeypatch.setattr(
+        zero_shot, "likelihoods", lambda predictor, sentences, **more: -np.array([len(ids) for ids in sentences.ids])
+    )
+    subject = load_subject("one", str(folder), CPU)
+    found = blimp_job(subject, read_pairs(tmp_path), None, QUICK, torch.float32).compute(lambda done: None)[0]
+    assert found["score"] == found["scores"]["score"] == pytest.approx(2 / 3)
+    assert found["predictions"] == [1, 1, 0]
+
+
 def test_a_field_that_is_written_in_two_ways_is_one(tmp_path):
     write(tmp_path / "blimp/test.parquet", pairs(3, field=["syntax", "syntax/semantics", "syntax_semantics"]))
     assert read_pairs(tmp_path).field == ["syntax", "syntax_semantics", "syntax_semantics"]
@@ -139,6 +154,14 @@ def test_held_out_text_scores_as_in_training(folder, text, tmp_path):
     assert cell["score"] == pytest.approx(wanted.loss, rel=1e-2)  # which bfloat16 is allowed
     assert cell["scores"]["perplexity"] == pytest.approx(np.exp(cell["score"]))
     assert cell["counted"]["rows"] == wanted.rows
+
+
+def test_every_predicted_token_counts_alike_whatever_source_it_is_of():
+    """30 tokens at a loss of 1 and 10 at 3: 60 / 40; their accuracies 0.2 and 0.6: 12 / 40."""
+    found = zero_shot._summary({"a/test.txt": Score(1.0, 0.2, 30), "b/test.txt": Score(3.0, 0.6, 10)}, {})
+    assert found["score"] == pytest.approx(1.5)
+    assert found["scores"] == pytest.approx({"loss": 1.5, "perplexity": np.exp(1.5), "accuracy": 0.3})
+    assert found["counted"]["rows"] == 40
 
 
 def test_the_text_is_what_is_named_or_the_test_files(tmp_path):
