@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
+from codistill.cohort import Cohort
 from codistill.errors import UserError
+from codistill.evaluate import finetune
 from codistill.evaluate.encode import batch_of, encode, prediction_order, training_order
 from codistill.evaluate.finetune import Labelled, Teaching, fine_tune, predict, predictions
 from codistill.evaluate.glue import read_task
@@ -95,6 +97,53 @@ def test_an_edge_of_weight_0_changes_no_bit_and_another_does(subject, data, name
     np.testing.assert_allclose(pulled["b"], alone, rtol=1e-3, atol=1e-3)
 
 
+@pytest.fixture
+def cohort(monkeypatch):
+    """The members and edges that the next fine-tuning trains."""
+    given = {}
+
+    class Recorded(Cohort):
+        def __init__(self, members, distillation=(), **more):
+            given.update(members=members, edges=distillation)
+            super().__init__(members, distillation, **more)
+
+    monkeypatch.setattr(finetune, "Cohort", Recorded)
+    return given
+
+
+def test_an_edge_has_the_weight_and_temperature_of_the_protocol(subject, data, cohort):
+    edges = [Teaching("a", "b"), Teaching("c", "b")]
+    tuned(subject, data, "sst2", replace(QUICK, max_steps=1, edge_weight=2.5, temperature=4.0), edges=edges)
+    found = [(edge.teacher, edge.student, edge.weight_at(0), edge.temperature) for edge in cohort["edges"]]
+    assert found == [("a", "b", 2.5, 4.0), ("c", "b", 2.5, 4.0)]
+
+
+def test_clipping_and_weight_decay_are_those_of_the_protocol(subject, data, cohort):
+    tuned(subject, data, "sst2", replace(QUICK, max_steps=1, clip=0.25, weight_decay=0.3))
+    (member,) = cohort["members"]
+    decays = {(p.ndim > 1, group["weight_decay"]) for group in member.optimizer.param_groups for p in group["params"]}
+    assert member.clip == 0.25
+    assert decays == {(True, 0.3), (False, 0.0)}
+
+
+def test_only_the_student_is_pulled_and_towards_its_teacher(subject, tmp_path):
+    """The teacher stands nearly still, and so does a student that learns far more from it than from the labels."""
+    other = load_subject("two", str(model_folder(tmp_path / "two", seed=1)), CPU)
+    texts = labelled("sst2", 64, 0)
+    encoded = encode([texts["sentence"]], subject.tokenizer, max_length=32, with_types=False)
+    train, models = Labelled(encoded, np.array(texts["label"])), {"a": subject.model, "b": other.model}
+    ask = {"seed": 0, "precision": torch.float32}
+
+    def outputs(edges):
+        strong, rates = replace(QUICK, epochs=5, edge_weight=20.0), {"a": 1e-6, "b": 1e-2}
+        found = fine_tune(models, train, 2, strong, rates, edges=edges, **ask)
+        return [predict(found[name], encoded, torch.float32) for name in "ab"]
+
+    (a, b), (teacher, student) = outputs([]), outputs([Teaching("a", "b")])
+    assert teacher.tobytes() == a.tobytes()
+    assert np.abs(student - a).mean() < 0.5 * np.abs(b - a).mean()
+
+
 def test_the_model_that_is_fine_tuned_stays_as_it_was(folder, subject, data):
     tuned(subject, data, "sst2")
     assert load_subject("one", str(folder), CPU).content == subject.content
@@ -152,7 +201,7 @@ def test_texts_are_framed_and_cut_at_the_longer_one(subject):
 
 def test_edges_of_classes_are_divergences_and_of_numbers_squared_errors(subject, data):
     """One step from the same point: the logged losses, against formulas written out here."""
-    from codistill.cohort import Cohort, Distillation, Member
+    from codistill.cohort import Distillation, Member
     from codistill.evaluate.sequences import SequencePredictor
 
     for name, divergence in (("mnli", "forward_kl"), ("stsb", "squared_error")):
