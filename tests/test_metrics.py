@@ -1,11 +1,15 @@
-"""The metrics file: what a resumed run finds in it, and spikes."""
+"""The metrics file: what a resumed run finds in it, and spikes. Held-out scores against arithmetic."""
 
 import json
+from math import log
 
+import numpy as np
+import pytest
 import torch
 
 from codistill.metrics import MetricsLog, read_metrics
-from codistill.scores import Score
+from codistill.objectives import Batch
+from codistill.scores import Score, held_out, unigram_cross_entropy
 
 
 def hard(value: float) -> dict[str, torch.Tensor]:
@@ -82,3 +86,37 @@ def test_a_line_that_a_crash_cut_short_is_dropped(tmp_path):
     file.write_text(json.dumps({"step": 1, "large/hard": 1.0}) + "\n" + '{"step": 2, "lar')
     MetricsLog(file, 5, tokens_per_step=8).write(6, hard(1.0))
     assert [line["step"] for line in read_metrics(file)] == [1, 6]
+
+
+# ---- held-out scores ---------------------------------------------------------------------------
+
+
+class Fixed(torch.nn.Module):
+    """A predictor whose logits are its inputs."""
+
+    def forward(self, inputs, rows_N):
+        return inputs["input_ids"][rows_N]
+
+    def logits(self, features_NV):
+        return features_NV
+
+
+def batch(labels, weights=None, logits=(0.0, 0.0)) -> Batch:
+    count = len(labels)
+    weight_N = None if weights is None else torch.tensor(weights)
+    return Batch({"input_ids": torch.tensor([logits] * count)}, torch.arange(count), torch.tensor(labels), weight_N)
+
+
+def test_rows_of_weight_0_are_no_guesses():
+    """Always ¾ for token 0: it is right about two of the three rows that count, and the two others say nothing."""
+    sure = (log(3), 0.0)
+    found = held_out(Fixed(), [batch([0, 1, 0, 0], [1.0, 1, 0, 0], sure), batch([0], logits=sure)])
+    assert found.rows == 3
+    assert found.accuracy == pytest.approx(2 / 3)
+    assert found.loss == pytest.approx((2 * log(4 / 3) + log(4)) / 3)
+
+
+def test_the_unigram_loss_counts_one_more_of_each_token_and_only_rows_with_weight():
+    """Of 3, 1 and 0 times: p = 4/7, 2/7 and 1/7. Each is predicted once: ⅓ ln(7³ / 8) = ln 3.5."""
+    batches = [batch([0, 1]), batch([2, 0, 0], [1.0, 0, 0])]
+    assert unigram_cross_entropy(np.array([3, 1, 0]), batches) == pytest.approx(log(3.5))
