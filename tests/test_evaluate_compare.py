@@ -41,6 +41,12 @@ def test_holm_stops_at_the_first_that_fails():
     assert holm([]) == []
 
 
+def test_holm_asks_less_of_the_second():
+    """0.015 ≤ 0.05 / 3, though not ≤ 0.05 / 4, which is asked of the first of four."""
+    assert holm([0.015, 0.9, 0.001, 0.5]) == [True, False, True, False]
+    assert holm([0.015, 0.9, 0.9, 0.9]) == [False] * 4
+
+
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 9, 30, 101])
 @pytest.mark.parametrize("probability", [0.6, 0.95, 0.975, 0.999])
 def test_the_quantile_of_student(freedom, probability):
@@ -100,6 +106,18 @@ def test_the_bootstrap_of_a_difference_is_paired():
     assert found["examples_interval"] == (0, 0)
 
 
+def test_the_bootstrap_of_a_difference_is_of_the_other_less_the_reference_a_seed():
+    """Right on 200 of 400, and on 100 more, with each of two seeds: +1 on a quarter of the examples."""
+    ask = {"labels": [1] * 400}
+    one = [cell(seed=s, score=0.5, predictions=[1] * 200 + [0] * 200, **ask) for s in (0, 1)]
+    two = [cell("two", seed=s, score=0.75, predictions=[1] * 300 + [0] * 100, **ask) for s in (0, 1)]
+    half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
+    for sign, found in ((1, paired(one, two)), (-1, paired(two, one))):
+        assert found["mean"] == sign * 0.25
+        wanted = sorted([sign * (0.25 - half), sign * (0.25 + half)])
+        assert found["examples_interval"] == pytest.approx(wanted, abs=0.008)
+
+
 def test_the_averages_state_their_members():
     means = {f"glue/{name}": {"mean": 0.1 * i} for i, name in enumerate(GLUE)}
     found = averages(means | {"blimp": {"mean": 9.0}})
@@ -122,8 +140,8 @@ def test_what_is_not_a_number_makes_the_average_none():
 
 
 def test_agreement():
-    one, two = cell(predictions=[0, 1, 1, 0]), cell("two", predictions=[0, 1, 0, 1])
-    assert agreement([one], [two]) == 0.5
+    one, two = cell(predictions=[0, 1, 1, 0]), cell("two", predictions=[0, 1, 1, 1])
+    assert agreement([one], [two]) == 0.75
     numbers = [cell(m, "glue/stsb", predictions=p) for m, p in (("one", [1.0, 2, 3]), ("two", [3.0, 2, 1]))]
     assert agreement(numbers[:1], numbers[1:]) == pytest.approx(-1)
 
@@ -132,6 +150,12 @@ def test_every_model_has_its_own_mean():
     found = comparisons([cell(score=0.4), cell("two", score=0.8), cell("two", "glue/cola", score=0.1)])["tasks"]
     assert {m: s["mean"] for m, s in found["glue/rte"].items()} == {"one": 0.4, "two": 0.8}
     assert {m: s["mean"] for m, s in found["glue/cola"].items()} == {"two": 0.1}
+
+
+def test_the_spread_over_seeds_is_that_of_a_sample():
+    """Squares of −0.2, 0 and 0.2: their sum 0.08 over two degrees of freedom is 0.2²."""
+    found = comparisons([cell(seed=s, score=v) for s, v in enumerate([0.4, 0.6, 0.8])])["tasks"]["glue/rte"]["one"]
+    assert (found["mean"], found["sd"]) == (pytest.approx(0.6), pytest.approx(0.2))
 
 
 def test_failed_seeds_do_not_count_as_scores():
