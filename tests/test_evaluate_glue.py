@@ -14,11 +14,11 @@ from codistill.errors import UserError
 from codistill.evaluate import finetune
 from codistill.evaluate.encode import batch_of, encode, prediction_order, training_order
 from codistill.evaluate.finetune import Labelled, Teaching, fine_tune, predict, predictions
-from codistill.evaluate.glue import read_task
+from codistill.evaluate.glue import Group, TaskData, _Work, read_task
 from codistill.evaluate.run import evaluate
 from codistill.evaluate.server import server_lines
 from codistill.evaluate.subjects import load_subject
-from codistill.evaluate.tasks import GLUE, read_split
+from codistill.evaluate.tasks import GLUE, Examples, read_split
 from evaluations import QUICK, WORDS, glue_folder, labelled, model_folder, write
 
 CPU = torch.device("cpu")
@@ -332,6 +332,34 @@ def test_mismatched_is_predicted_where_present_and_scored_beside(folder, data, t
     assert scores.keys() == {"accuracy", "accuracy_mismatched"}
     assert results["cells"][0]["score"] == scores["accuracy"]
     assert (tmp_path / "out/predictions/one/seed-0/dev/MNLI-mm.tsv").is_file()
+
+
+def test_what_choices_are_made_by_is_not_trained_on(subject):
+    """Row i has i cats and the label i / 10: a tenth of 40 is kept apart, and every row is in one part."""
+    rows = np.arange(1, 41)
+    train = Examples((["cat " * row for row in rows], ["dog"] * 40), rows.astype(np.float32) / 10, "here")
+    rest, held = _Work(
+        Group({"one": subject}), TaskData("stsb", train, {}), replace(QUICK, max_length=64), torch.float32
+    )._slices()
+    assert (len(rest.encoded), len(held.encoded)) == (36, 4)
+    labels = np.concatenate([rest.label_N, held.label_N])
+    np.testing.assert_array_equal(np.sort(labels), train.label_N)
+    lengths = np.concatenate([rest.encoded.length_N, held.encoded.length_N])
+    np.testing.assert_array_equal(lengths, np.round(10 * labels) + 4)  # [CLS] … [SEP] dog [SEP]
+
+
+def test_each_split_of_mnli_is_scored_with_its_own_predictions_and_labels(subject):
+    """3 of 4 and 2 of 4 are right; either split's predictions with the other's labels would be 1 of 4."""
+    labels = {"dev_matched": [0, 1, 2, 0], "dev_mismatched": [1, 1, 0, 2]}
+    texts = (["cat"] * 4, ["dog"] * 4)
+    splits = {split: Examples(texts, np.array(label), "here") for split, label in labels.items()}
+    work = _Work(Group({"one": subject}), TaskData("mnli", splits["dev_matched"], splits), QUICK, torch.float32)
+    outputs = {"dev_matched": np.eye(3)[[0, 1, 2, 1]], "dev_mismatched": np.eye(3)[[1, 1, 1, 1]]}
+    found = work._content(outputs, 1e-2, 1)
+    assert found["score"] == 0.75
+    assert found["scores"] == {"accuracy": 0.75, "accuracy_mismatched": 0.5}
+    assert (found["predictions"], found["labels"]) == ([0, 1, 2, 1], labels["dev_matched"])
+    assert found["others"] == {"dev_mismatched": [1, 1, 1, 1]}
 
 
 def test_a_sample_of_a_task_is_labelled_as_such(folder, data, tmp_path):
