@@ -372,6 +372,8 @@ def test_a_sample_of_a_task_is_labelled_as_such(folder, data, tmp_path):
 
 def test_server_files():
     assert server_lines(GLUE["qnli"], [0, 1]) == ["index\tprediction", "0\tentailment", "1\tnot_entailment"]
+    spelled = ["0\tentailment", "1\tneutral", "2\tcontradiction"]
+    assert server_lines(GLUE["mnli"], [0, 1, 2]) == ["index\tprediction", *spelled]
     assert server_lines(GLUE["cola"], [1]) == ["index\tprediction", "0\t1"]
     assert server_lines(GLUE["stsb"], [5.7, 2.00049]) == ["index\tprediction", "0\t5.000", "1\t2.000"]
     wanted = {"CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI"}

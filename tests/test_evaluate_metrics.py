@@ -76,6 +76,12 @@ def test_a_perfect_oracle_scores_100(name):
     assert GLUE[name].scores(counts(name), counts(name))["score"] == pytest.approx(1, abs=1e-12)
 
 
+def test_the_score_of_numbers_is_the_mean_of_both_correlations():
+    """In the right order, so that Spearman's is 1; Pearson's is 11 / √(5 · 29)."""
+    found = GLUE["stsb"].scores(np.array([0.0, 1, 2, 7]), np.array([0.0, 1, 2, 3]))
+    assert found == pytest.approx({"pearson": 11 / 145**0.5, "spearman": 1, "score": (1 + 11 / 145**0.5) / 2})
+
+
 @pytest.mark.parametrize("name", GLUE)
 def test_a_majority_model_scores_what_arithmetic_says(name):
     label = counts(name)
