@@ -16,6 +16,7 @@ from codistill.evaluate.encode import batch_of, encode, prediction_order, traini
 from codistill.evaluate.finetune import Labelled, Teaching, fine_tune, predict, predictions
 from codistill.evaluate.glue import Group, TaskData, _Work, read_task
 from codistill.evaluate.run import evaluate
+from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.server import server_lines
 from codistill.evaluate.subjects import load_subject
 from codistill.evaluate.tasks import GLUE, Examples, read_split
@@ -187,6 +188,28 @@ def test_training_orders_differ_from_epoch_to_epoch():
     assert not np.array_equal(one, other)
 
 
+def test_the_mean_is_over_the_tokens_of_a_text_and_not_its_padding(subject):
+    encoded = encode([["the cat", "the dog sat on a mat and ran"]], subject.tokenizer, max_length=32, with_types=False)
+    predictor = SequencePredictor(subject.model, 2, pooling="mean", dropout=0.0, seed=0).eval()
+    together, alone = batch_of(encoded, np.arange(2), None), batch_of(encoded, np.arange(1), None)
+    assert together.inputs["attention_mask"][0].tolist() == [1, 1, 1, 1] + [0] * (encoded.length_N[1] - 4)
+    with torch.no_grad():
+        wanted = predictor.head(subject.model.base_model(**alone.inputs).last_hidden_state[0].mean(0))
+        found = predictor(together.inputs, together.rows_N)[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "gpt2"])
+def test_a_model_is_told_which_text_a_token_is_of_if_it_asks(family, tmp_path):
+    model = load_subject("one", str(model_folder(tmp_path / family, family=family)), CPU).model
+    ids, types = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1]])
+    predictor = SequencePredictor(model, 2, pooling="mean", dropout=0.0, seed=0).eval()
+    with torch.no_grad():
+        hidden_BTD = model.base_model(ids, **({"token_type_ids": types} if family == "bert" else {})).last_hidden_state
+        found = predictor({"input_ids": ids, "token_type_ids": types}, torch.arange(1))
+    torch.testing.assert_close(found, predictor.head(hidden_BTD.mean(1)), rtol=1e-4, atol=1e-6)
+
+
 def test_texts_are_framed_and_cut_at_the_longer_one(subject):
     encoded = encode([["the cat", "good " * 10_000], ["sat", "dog"]], subject.tokenizer, max_length=12, with_types=True)
     ids = [subject.tokenizer.convert_ids_to_tokens(row) for row in encoded.ids]
@@ -202,7 +225,6 @@ def test_texts_are_framed_and_cut_at_the_longer_one(subject):
 def test_edges_of_classes_are_divergences_and_of_numbers_squared_errors(subject, data):
     """One step from the same point: the logged losses, against formulas written out here."""
     from codistill.cohort import Distillation, Member
-    from codistill.evaluate.sequences import SequencePredictor
 
     for name, divergence in (("mnli", "forward_kl"), ("stsb", "squared_error")):
         train = read_task(data, name).train
