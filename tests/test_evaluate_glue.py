@@ -188,6 +188,11 @@ def test_training_orders_differ_from_epoch_to_epoch():
     assert not np.array_equal(one, other)
 
 
+def test_training_orders_differ_from_seed_to_seed():
+    one, other = (np.concatenate(training_order(np.ones(99), 8, seed, 0)) for seed in (0, 1))
+    assert not np.array_equal(one, other)
+
+
 def test_the_mean_is_over_the_tokens_of_a_text_and_not_its_padding(subject):
     encoded = encode([["the cat", "the dog sat on a mat and ran"]], subject.tokenizer, max_length=32, with_types=False)
     predictor = SequencePredictor(subject.model, 2, pooling="mean", dropout=0.0, seed=0).eval()
