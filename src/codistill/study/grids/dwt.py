@@ -148,7 +148,9 @@ TEMPERATURE = Study(
 
 # ---- where the student starts --------------------------------------------------------------------
 
-_LOWER = 0.5  # of the recipe's learning rate: what starts trained may want a lower one
+# Of the recipe's learning rate: what starts trained may want a lower one. At half of it a random student does not leave
+# the unigram plateau in 20 passes (1.44 nats below it for one seed).
+_LOWER = 0.7
 _STARTS = {
     "random": None,
     "repeat-last": InitConfig(from_=of_arm("teacher-weak", "teacher"), depth="repeat-last"),
@@ -183,7 +185,7 @@ def _how(rate: float, is_taught: bool) -> str:
 
 
 def _rate(rate: float) -> str:
-    return "whole rate" if rate == 1 else "half rate"
+    return "whole rate" if rate == 1 else f"rate × {rate:g}"
 
 
 def _scaled(schedule: Spec, by: float) -> Spec:
@@ -218,7 +220,7 @@ REMAPPING = Study(
             for rate in (1.0, _LOWER)
             for start in _STARTS
         ),
-        Contrast("random: half rate − whole", "random-low/large", ALONE),
+        Contrast(f"random: rate × {_LOWER:g} − whole", "random-low/large", ALONE),
     ],
     curves=[ALONE, "dwt-weak/large", "repeat-last/large", "dwt-repeat-last/large", "stack/large", "replicate/large"],
 )
