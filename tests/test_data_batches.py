@@ -282,6 +282,16 @@ def test_which_corpus_comes_when_depends_on_the_seed_and_on_the_stretch(corpus):
         assert (a == b).mean() == pytest.approx(0.5, abs=0.05)  # as two coins agree
 
 
+def test_each_corpus_of_a_mixture_has_an_order_of_its_own(corpus):
+    """The same text twice: its rows come in two orders, or both halves would tell the model the same at each step."""
+    source = batches([(corpus, 1.0), (corpus, 1.0)])
+    part_B, epoch_B, row_B = source.locate(np.arange(2 * source.parts[0].num_rows))
+    first, second = (row_B[(part_B == part) & (epoch_B == 0)] for part in (0, 1))
+    many = min(len(first), len(second))
+    assert many > 50
+    assert (first[:many] == second[:many]).mean() < 0.2
+
+
 def test_mixtures_of_different_tokenizers_are_refused(corpus, tmp_path):
     foreign = corpus_of(tmp_path, documents(3), "train:wordpiece:100")
     with pytest.raises(UserError, match="prepared with the tokenizer train:wordpiece:100, but"):
