@@ -10,37 +10,62 @@ from codistill.study.scales import Scale
 _GUIDED_SHARE = 0.28
 _TEACHERS = {"weak": "small", "weaker": "extremely_weak"}
 _SHARES = (0.2, 0.5, 0.8)
+# What keeps models alone from overfitting in 20 passes at `tiny`, found with one model and seed (docs/log.md).
+_DROPOUT, _WEIGHT_DECAY = 0.2, 1.0
+_PASSES = 20
 
 
 def _arms(scale: Scale, seed: int) -> list[Arm]:
-    models = scale.causal.models
     found = []
-    for at in settings(scale.causal, seed):
-        large, small = (at.learner(models[role]) for role in ("large", "small"))
-        both = [edge("large", "small"), edge("small", "large")]
-        found.append(at.arm("alone-large", {"large": large}))
-        found.append(at.arm("alone-small", {"small": small}))
-        found.append(at.arm("ctcd", {"large": large, "small": small}, *both))
+    for at in settings(scale.causal, seed, [1, _PASSES]):
+        found += _pair(at)
         for teacher, role in _TEACHERS.items():
-            found.append(at.teacher(teacher, models[role]))
-            found += _taught(at, teacher)
-    return found
+            found += [
+                at.teacher(teacher, at.size.models[role]),
+                _one_to_one(at, teacher),
+                _inheriting(at, teacher),
+                *(_mixed(at, teacher, share) for share in _SHARES),
+            ]
+    (at,) = settings(scale.causal, seed, [_PASSES])
+    return found + _regularised(at)
 
 
-def _taught(at: Setting, teacher: str) -> list[Arm]:
-    large, until = at.learner(at.size.models["large"]), round(_GUIDED_SHARE * at.size.steps)
-    inheriting = replace(large, hard_weight={"linear": [0.0, 1.0, until]})
-    falling = {"linear": [1.0, 0.0, until]}
-    inherited = edge("teacher", "large", falling, temperature=2.0)
-    arms = [
-        at.arm(f"dwt-{teacher}", {"teacher": frozen(teacher), "large": large}, edge("teacher", "large")),
-        at.arm(f"inherit-{teacher}", {"teacher": frozen(teacher), "large": inheriting}, inherited),
+def _pair(at: Setting) -> list[Arm]:
+    """Both models without one another, and together."""
+    large, small = (at.learner(at.size.models[role]) for role in ("large", "small"))
+    return [
+        at.arm("alone-large", {"large": large}),
+        at.arm("alone-small", {"small": small}),
+        at.arm("ctcd", {"large": large, "small": small}, edge("large", "small"), edge("small", "large")),
     ]
-    for share in _SHARES:
-        mixed = replace(large, hard_weight=round(1 - share, 2))
-        members = {"teacher": frozen(teacher), "large": mixed}
-        arms.append(at.arm(f"mix-{round(100 * share)}-{teacher}", members, edge("teacher", "large", share)))
-    return arms
+
+
+def _one_to_one(at: Setting, teacher: str) -> Arm:
+    large = at.learner(at.size.models["large"])
+    return at.arm(f"dwt-{teacher}", {"teacher": frozen(teacher), "large": large}, edge("teacher", "large"))
+
+
+def _inheriting(at: Setting, teacher: str) -> Arm:
+    """The teacher first, the labels after it."""
+    until = round(_GUIDED_SHARE * at.size.steps)
+    large = at.learner(at.size.models["large"], hard_weight={"linear": [0.0, 1.0, until]})
+    inherited = edge("teacher", "large", {"linear": [1.0, 0.0, until]}, temperature=2.0)
+    return at.arm(f"inherit-{teacher}", {"teacher": frozen(teacher), "large": large}, inherited)
+
+
+def _mixed(at: Setting, teacher: str, share: float) -> Arm:
+    large = at.learner(at.size.models["large"], hard_weight=round(1 - share, 2))
+    members = {"teacher": frozen(teacher), "large": large}
+    return at.arm(f"mix-{round(100 * share)}-{teacher}", members, edge("teacher", "large", share))
+
+
+def _regularised(at: Setting) -> list[Arm]:
+    """The main arms with dropout and weight decay for all, teacher included, so that none overfits: does teaching
+    still help?"""
+    models = {role: replace(model, dropout=_DROPOUT) for role, model in at.size.models.items()}
+    size = replace(at.size, models=models, learner=replace(at.size.learner, weight_decay=_WEIGHT_DECAY))
+    at = replace(at, size=size, regime=f"{at.regime}, regularised")
+    return [*_pair(at), at.teacher("weak", models["small"]), _one_to_one(at, "weak"), _mixed(at, "weak", _SHARES[-1])]
 
 
 _METHODS = ("dwt", "inherit", *(f"mix-{round(100 * share)}" for share in _SHARES))
