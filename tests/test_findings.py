@@ -27,6 +27,7 @@ from codistill.recipes import find
 
 STUDIES = Path(__file__).parents[1] / "studies"
 LABELS = {
+    ("dwt-soft-weight", WEAK_TEACHER): "weight 1 − alone",
     ("when-it-pays", WEAK_TEACHER): "large: DWT, weight 1 − alone",
     ("dwt-teacher-quality", TOO_WEAK_TEACHER): "extremely-weak teacher − alone",
     ("when-it-pays", LARGE_OF_A_PAIR): "large: CTCD, weight 1 − alone",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from codistill.config import InitConfig, MemberConfig, ModelConfig
 from codistill.schedules import Spec
 from codistill.study.arms import Arm, of_arm
-from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings
+from codistill.study.design import SEEDS_FOR_A_HEADLINE, Contrast, Setting, Study, edge, frozen, settings
 from codistill.study.scales import Scale
 
 _TEACHERS = {"weak": "small", "very-weak": "very_weak", "extremely-weak": "extremely_weak"}
@@ -110,6 +110,7 @@ SOFT_WEIGHT = Study(
         Contrast("weight 1 → 0 − weight 1", "dwt-1-to-0/large", "dwt-weak/large"),
     ],
     curves=[ALONE, "dwt-weak/large", "dwt-4/large", "dwt-4-to-1/large", "dwt-1-to-0/large"],
+    seeds=SEEDS_FOR_A_HEADLINE,
     along=True,
 )
 
