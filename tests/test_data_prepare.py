@@ -12,12 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from codistill.data import encode, shards
+from codistill.data.batches import Batches
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import Progress, cache_folder, cached, prepare
 from codistill.data.tokenizers import load_tokenizer, tokenizer_hash
 from codistill.errors import MachineError, UserError
+from codistill.objectives import CausalLM
 from data_examples import VOCABULARY, documents, files_of, prose, vocabulary_file
 
 SEP = VOCABULARY.index("[SEP]")
@@ -132,6 +135,33 @@ def test_cached_opens_a_prepared_folder(source, vocabulary, tmp_path):
         cached([str(tmp_path / "out")], str(tmp_path / "other.txt"))
 
 
+def with_roles(folder, vocabulary, **roles):
+    """A tokenizer folder with this vocabulary and other tokens for what begins, ends and fills."""
+    backend = load_tokenizer(vocabulary).backend_tokenizer
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **roles).save_pretrained(folder)
+    return str(folder)
+
+
+def test_tokenizers_that_share_a_corpus_begin_and_fill_rows_each_with_its_own_token(source, vocabulary, tmp_path):
+    """One cache, three tokenizers of one vocabulary: what was prepared for the first is read with the one named."""
+    roles = [{"bos_token": "[CLS]"}, {"bos_token": "[MASK]", "pad_token": "[PAD]"}, {}]
+    folders = [with_roles(tmp_path / str(n), vocabulary, eos_token="[SEP]", **more) for n, more in enumerate(roles)]
+    made = [cached([source], folder, cache=tmp_path / "cache") for folder in folders]
+    assert len({corpus.folder for corpus in made}) == 1
+    begin = [Batches(c, CausalLM(), length=16, sequences=4).at(0)[0].inputs["input_ids"][:, 0].tolist() for c in made]
+    assert begin[0] == [VOCABULARY.index("[CLS]")] * 4
+    assert begin[1] == [VOCABULARY.index("[MASK]")] * 4
+    assert len(set(begin[2])) > 1  # it has none, so rows begin with text
+    assert [corpus.tokenizer().pad_token for corpus in made] == [None, "[PAD]", None]
+
+
+def test_a_prepared_folder_whose_texts_end_with_another_token_is_refused(source, vocabulary, tmp_path):
+    prepare([source], vocabulary, tmp_path / "out")
+    other = with_roles(tmp_path / "other", vocabulary, eos_token="[CLS]")
+    with pytest.raises(UserError, match=r"its texts end with '\[SEP\]', but those of .*other with '\[CLS\]'"):
+        cached([str(tmp_path / "out")], other)
+
+
 def test_a_cache_that_cannot_be_written_is_one_clear_error(source, vocabulary, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(MachineError, match=r"cache/corpora/.*: cannot be written \(Not a directory\)"):
@@ -225,6 +255,7 @@ SCENE = """
 import os, signal, sys, json
 sys.path[:] = json.loads({path!r})
 from codistill.data import encode, shards
+from codistill.data.batches import Batches
 from codistill.data.prepare import prepare
 shards.SHARD_TOKENS, encode.BLOCK_CHARACTERS = 3000, 1000
 def run(out={out!r}, **options):

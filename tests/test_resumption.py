@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from codistill.data.tokenizers import train_tokenizer
 from codistill.loading import load, override, read_run, to_dict
 from codistill.train import Stopped, train
 from runs import refused, small_run
@@ -25,6 +27,19 @@ def test_changed_text_is_noticed(text, tmp_path):
     out = train(run, tmp_path / "run", resume=True, accept_changes=True)
     assert (out / "run.before-0.yaml").exists()
     assert load(read_run(out / "run.yaml")).provenance != recorded.provenance
+
+
+def test_special_tokens_that_have_changed_are_noticed(text, tmp_path):
+    """The vocabulary and its rules are the same, so the prepared text is too, but rows would begin otherwise."""
+    folder = tmp_path / "tokenizer"
+    train_tokenizer("wordpiece", 300, [text.read_text()]).save_pretrained(folder)
+    run = small_run("standalone", text, "steps=4", f"data.tokenizer={folder}")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    changed = AutoTokenizer.from_pretrained(folder)
+    changed.cls_token = None
+    changed.save_pretrained(folder)
+    refused("provenance.special_tokens: .* start 2, but now it is None", run, tmp_path / "run", resume=True)
 
 
 def test_a_changed_setting_is_refused_or_accepted_on_request(text, tmp_path):

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from codistill.config import Run
 from codistill.data.corpus import Corpus
-from codistill.data.tokenizers import tokenizer_hash
+from codistill.data.tokenizers import special_tokens_of, tokenizer_hash
 from codistill.files import sha256
 
 
@@ -33,6 +33,7 @@ def provenance(
             for name, corpus in zip(("train", "validation"), corpora, strict=True)
         },
         "tokenizer": tokenizer_hash(tokenizer),
+        "special_tokens": special_tokens_of(tokenizer),
         "members": {name: _weights_hash(path) for name, path in pre_trained(run).items()},
     }
 

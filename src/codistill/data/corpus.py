@@ -31,6 +31,7 @@ class Corpus:
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest = folder, manifest
+        self._tokenizer: PreTrainedTokenizerFast | None = None
         names = [shard_files(number) for number in range(len(manifest["shards"]))]
         dtypes = (np.dtype(manifest["dtype"]), np.dtype("uint32"), np.dtype("uint32"))
         mapped = [[_mapped(folder / name, dtype) for name, dtype in zip(row, dtypes, strict=True)] for row in names]
@@ -73,10 +74,31 @@ class Corpus:
         """All tokens as one vector: memory-mapped when there is one shard, else a copy in memory."""
         return self.shards[0] if len(self.shards) == 1 else np.concatenate(self.shards)
 
+    def with_tokenizer(self, tokenizer: PreTrainedTokenizerFast, owner: str) -> Corpus:
+        """This corpus, read with the tokenizer of `owner`: the tokens are the same for tokenizers that begin, pad or
+        mask with others, but what is made of the tokens is not.
+
+        UserError naming both for one with another token → id map, or that parts texts by another token.
+        """
+        from codistill.data.tokenizers import separator_of
+
+        self.require(tokenizer, owner)
+        made, wanted = self.manifest["tokenizer"]["separator"], separator_of(tokenizer)
+        if made != wanted:
+            one, other = (tokenizer.convert_ids_to_tokens(end) for end in (made, wanted))
+            raise UserError(
+                f"corpus {self.folder}: its texts end with {one!r}, but those of {owner} with {other!r}; prepare the "
+                "text with that one"
+            )
+        self._tokenizer = tokenizer
+        return self
+
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer the corpus was made with, from its own folder."""
+        """The tokenizer the corpus was opened with, or else the one it was made with, from its own folder."""
         from codistill.data.tokenizers import load_tokenizer
 
+        if self._tokenizer is not None:
+            return self._tokenizer
         tokenizer = load_tokenizer(self.folder / "tokenizer")
         self.require(tokenizer, str(self.folder / "tokenizer"))
         return tokenizer

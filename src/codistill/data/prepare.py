@@ -101,9 +101,9 @@ def _already_prepared(
                 f"data.tokenizer {tokenizer}: {corpus.folder} is prepared already, with a tokenizer of its own; "
                 "use that with --set data.tokenizer=null"
             )
-        corpus.require(load_tokenizer(tokenizer), tokenizer)
+        corpus.with_tokenizer(load_tokenizer(tokenizer), tokenizer)
     else:
-        corpus.require(tokenizer, name_of(tokenizer))
+        corpus.with_tokenizer(tokenizer, name_of(tokenizer))
     made, usual = corpus.manifest["settings"], asdict(Settings())
     for name, wanted in asdict(settings).items():
         if wanted != usual[name] and wanted != made[name]:
@@ -122,7 +122,9 @@ def _prepare(job: Job, out: Path, processes: int | None, progress: Callable | No
         with workplace(out, identity) as work:
             if work:
                 _fill(job, identity, work, processes or job.processes(), progress)
-    return Corpus.open(out)
+    corpus = Corpus.open(out)
+    # What is there may be of a tokenizer that gives the same tokens and begins its rows with another.
+    return corpus if isinstance(job.tokenizer, str) else corpus.with_tokenizer(job.tokenizer, job.tokenizer_name())
 
 
 def _fill(job: Job, identity: str, work: Path, processes: int, progress: Callable | None) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -75,6 +75,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """SHA-256 (hex) of the token → id map: chat templates, padding and file layout do not count."""
     ordered = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(ordered).encode()).hexdigest()
+
+
+def special_tokens_of(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """What begins, ends, fills and hides text, and what is never masked: ids, None for a role that there is not."""
+    found = Vocabulary.of(tokenizer)
+    roles = {name: getattr(found, name) for name in ("start", "separator", "pad", "mask")}
+    return {**roles, "special": np.flatnonzero(found.special_V).tolist()}
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
