@@ -119,4 +119,12 @@ def test_rows_of_weight_0_are_no_guesses():
 def test_the_unigram_loss_counts_one_more_of_each_token_and_only_rows_with_weight():
     """Of 3, 1 and 0 times: p = 4/7, 2/7 and 1/7. Each is predicted once: ⅓ ln(7³ / 8) = ln 3.5."""
     batches = [batch([0, 1]), batch([2, 0, 0], [1.0, 0, 0])]
-    assert unigram_cross_entropy(np.array([3, 1, 0]), batches) == pytest.approx(log(3.5))
+    everything = np.ones(3, dtype=bool)
+    assert unigram_cross_entropy(np.array([3, 1, 0]), batches, everything) == pytest.approx(log(3.5))
+
+
+def test_the_unigram_loss_spends_nothing_on_tokens_that_are_never_asked_for():
+    """Token 2 ends a hundred texts and is never masked: p = 4/6 and 2/6, as if it were not there."""
+    batches = [batch([0, 1]), batch([2, 0], [0.0, 0.0])]
+    found = unigram_cross_entropy(np.array([3, 1, 100]), batches, np.array([True, True, False]))
+    assert found == pytest.approx((log(6 / 4) + log(6 / 2)) / 2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -79,7 +80,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     materials = {
         "batches": batches,
         "held_out": [batch.to(device) for batch in unseen],
-        "unigram": unigram_cross_entropy(corpus.unigram_counts(), unseen),
+        "unigram": unigram_cross_entropy(corpus.unigram_counts(), unseen, _asked(run, batches)),
         "tokenizer": tokenizer,
         "provenance": provenance(run, [corpus, validation], tokenizer, device),
         "models": models,
@@ -89,6 +90,12 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
         for name, predictor in predictors.items():
             check_documents_apart(predictor, f"members.{name}")
     return materials, predictors
+
+
+def _asked(run: Run, batches: Batches) -> np.ndarray:
+    """(V,) which tokens are ever predicted: a masked LM's special tokens are never masked."""
+    special_V = batches.vocabulary.special_V
+    return ~special_V if run.objective.name == "mlm" else np.ones_like(special_V)
 
 
 def resolved_precision(run: Run, device: torch.device) -> Literal["float32", "bfloat16"]:

@@ -52,14 +52,19 @@ def held_out(
     return Score(loss / rows, right / rows, round(rows)) if rows else Score(math.nan, math.nan, 0)
 
 
-def unigram_cross_entropy(counts_V: np.ndarray, batches: Sequence[Batch]) -> float:
-    """Cross-entropy in nats of the predicted labels under the training text's token frequencies (add-one smoothed).
+def unigram_cross_entropy(counts_V: np.ndarray, batches: Sequence[Batch], asked_V: np.ndarray) -> float:
+    """Cross-entropy in nats of the predicted labels under the training text's token frequencies (add-one smoothed),
+    among those tokens only that a model is ever asked for (`asked_V`, bool).
 
     What a model reaches that knows how often each token occurs, and nothing else.
     """
-    log_p_V = np.log((counts_V + 1.0) / (counts_V.sum() + len(counts_V)))
+    smoothed_V = np.where(asked_V, counts_V + 1.0, 0.0)
+    with np.errstate(divide="ignore"):
+        log_p_V = np.log(smoothed_V / smoothed_V.sum())
     labels, weights = zip(*((_numpy(b.labels_N), _numpy(_row_weight(b))) for b in batches), strict=True)
-    return float(-np.average(log_p_V[np.concatenate(labels)], weights=np.concatenate(weights)))
+    label_N, weight_N = np.concatenate(labels), np.concatenate(weights)
+    counts_N = weight_N > 0  # the others' labels may be of tokens that are never asked for
+    return float(-np.average(log_p_V[label_N[counts_N]], weights=weight_N[counts_N]))
 
 
 def _sums_of(predictor: Predictor, batch: Batch, precision: torch.dtype) -> Tensor:
