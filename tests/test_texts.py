@@ -9,6 +9,7 @@ from transformers import AutoModelForMaskedLM
 
 from codistill.build import build
 from codistill.data.prepare import prepare
+from codistill.data.tokenizers import load_tokenizer, train_tokenizer
 from codistill.distributed import ALONE
 from codistill.errors import UserError
 from codistill.plan import plan
@@ -111,6 +112,23 @@ def test_what_padded_rows_cut_off_is_told(text, tmp_path, capsys):
     run = small_run("standalone", text, "data.packing=padded", "batch={sequences: 1}", "evaluate.sequences=1")
     train_on, _ = corpora(run, ALONE)
     assert f"{1 - 31 / train_on.num_tokens:.1%} of the training text is not used" in capsys.readouterr().err
+
+
+def test_text_that_the_tokenizer_does_not_know_is_told(text, tmp_path, capsys):
+    """A tokenizer of English on Russian: every word is [UNK], and the separators are not."""
+    folder = tmp_path / "tokenizer"
+    train_tokenizer("wordpiece", 300, [text.read_text()]).save_pretrained(folder)
+    foreign = tmp_path / "foreign.txt"
+    foreign.write_text("\n\n".join(["кошка сидит на ковре и смотрит на собаку"] * 60))
+    corpora(small_run("standalone", text, f"data.tokenizer={folder}"), ALONE)
+    assert "[UNK]" not in capsys.readouterr().err
+    run = small_run("standalone", foreign, f"data.tokenizer={folder}")
+    found = corpora(run, ALONE)
+    told = capsys.readouterr().err
+    for part, corpus in zip(("train", "validation"), found, strict=True):
+        known = corpus.tokens != load_tokenizer(folder).unk_token_id
+        assert f"data.{part}: {1 - known.mean():.1%} of its tokens are [UNK]" in told
+        assert known.mean() < 0.2
 
 
 def test_a_prepared_folder_of_other_units_is_refused(sentences, tmp_path):

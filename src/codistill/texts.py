@@ -1,7 +1,7 @@
 """A run's text: found, prepared as the run wants it, and cut into batches."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ from codistill.config import Data, Run
 from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
-from codistill.data.tokenizers import Vocabulary, load_tokenizer
+from codistill.data.tokenizers import Vocabulary, load_tokenizer, separator_of
 from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.objectives import Batch, CausalLM, MaskedLM
@@ -20,6 +20,7 @@ from codistill.progress import preparing
 from codistill.provenance import pre_trained
 
 Part = Literal["train", "validation"]
+_MUCH_UNKNOWN = 0.01  # a share of the tokens
 _SEQUENCES_AT_ONCE = 64  # of the held-out text; has no influence on a score
 
 
@@ -38,6 +39,7 @@ def corpora(
         check(train.tokenizer())
     validation = _prepared(run, "validation", train.tokenizer(), ranks)
     if ranks.is_main:
+        _warn_of_unknown_text({"train": train, "validation": validation})
         _warn_of_seen_text(train, validation)
         _warn_of_cut_units(run, train)
     return train, validation
@@ -125,6 +127,23 @@ def _warn_of_seen_text(train: Corpus, validation: Corpus) -> None:
     both = [source["name"] for source in validation.manifest["sources"] if source["sha256"] in seen]
     if both and train.manifest["part"] == validation.manifest["part"]:
         print(f"data.validation: {both[0]} is also trained on, so held-out scores are of seen text", file=sys.stderr)
+
+
+def _warn_of_unknown_text(corpora: Mapping[Part, Corpus]) -> None:
+    """Says where the tokenizer does not know much of the text: a model learns to say that, and its loss looks good."""
+    for part, corpus in corpora.items():
+        tokenizer = corpus.tokenizer()
+        unknown = tokenizer.unk_token_id
+        # GPT-2's is what ends its texts, for it knows every byte.
+        if unknown is None or unknown == separator_of(tokenizer):
+            continue
+        share = corpus.unigram_counts()[unknown] / corpus.num_tokens
+        if share > _MUCH_UNKNOWN:
+            print(
+                f"data.{part}: {share:.1%} of its tokens are {tokenizer.unk_token}: the tokenizer does not know that "
+                "text; name one that does, or train one on it (data.tokenizer=train:bpe:32000 knows every byte)",
+                file=sys.stderr,
+            )
 
 
 def _warn_of_cut_units(run: Run, corpus: Corpus) -> None:
