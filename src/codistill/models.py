@@ -5,7 +5,7 @@ D width, N predicted rows, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -41,6 +41,7 @@ from codistill.families import (
     local_window,
     split,
 )
+from codistill.families.ahead import check_sight, looks_ahead
 from codistill.families.supported import check_folder, check_full_precision, check_model, check_objective
 from codistill.seeds import seed_of
 
@@ -126,6 +127,11 @@ class Predictor(nn.Module):
             bias_V = None if self.output_bias is None else self.output_bias[: self.vocabulary].to(wide_NV.dtype)
             return functional.linear(wide_NV, self.output_weight[: self.vocabulary].to(wide_NV.dtype), bias_V)
         return wide_NV[:, : self.vocabulary]
+
+    @cached_property
+    def looks_ahead(self) -> bool:
+        """Whether the model sees later tokens, found by running it once; waits for the device."""
+        return looks_ahead(self.model, self._parts, self.vocabulary)
 
     @property
     def device(self) -> torch.device:
@@ -224,9 +230,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The LM in a folder or of a hub name, in float32; raises UserError naming `field`.
 
-    `objective`: what it is to be trained for, where one is given; a model of another kind is refused, and one of a
-    family that we do not know is loaded for it. Without `needs_head` its LM head may be missing there, and is then
-    random. `trust_remote_code`: whether Python code that comes with the model may be run.
+    `objective`: what it is to be trained for, where one is given; a model of another kind is refused, by its family or
+    by what it looks at, and one of a family that we do not know is loaded for it. Without `needs_head` its LM head may
+    be missing there, and is then random. `trust_remote_code`: whether Python code that comes with it may be run.
     """
     check_folder(Path(path), field)
     if _is_local(path) and not (Path(path) / "config.json").is_file():
@@ -250,9 +256,10 @@ def load_model(
     _check_supported(config, objective, path, field, trust_remote_code)
     model = _load_weights(path, field, config, objective, trust_remote_code, needs_head)
     try:
-        split(model)
+        parts = split(model)
     except UserError as error:
         raise UserError(f"{field}: {path!r} is of the family {error}; supported are {', '.join(FAMILIES)}") from None
+    check_sight(model, parts, objective, f"{field}: {path!r}")
     return model
 
 
