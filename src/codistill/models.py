@@ -42,7 +42,7 @@ from codistill.families import (
     split,
 )
 from codistill.families.ahead import check_sight, looks_ahead
-from codistill.families.supported import check_folder, check_full_precision, check_model, check_objective
+from codistill.families.supported import check_finite, check_folder, check_full_precision, check_model, check_objective
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -255,6 +255,7 @@ def load_model(
     objective = family.objective if family is not None else objective or "mlm"
     _check_supported(config, objective, path, field, trust_remote_code)
     model = _load_weights(path, field, config, objective, trust_remote_code, needs_head)
+    check_finite(model, f"{field}: {path!r}")
     try:
         parts = split(model)
     except UserError as error:
