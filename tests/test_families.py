@@ -249,7 +249,9 @@ def test_a_run_with_a_model_by_proof_is_planned_and_finished(text, tmp_path):
 
 def test_a_family_that_counts_from_padding_needs_a_padding_token():
     config, tokenizer = ModelConfig(family="roberta", layers=1, width=32, heads=2), tokenizer_without_padding()
-    with pytest.raises(UserError, match="roberta counts positions from its padding token, and the tokenizer has none"):
+    with pytest.raises(
+        UserError, match="roberta counts positions from its padding token, and the tokenizer has none of its"
+    ):
         new_model(config, vocabulary=50, length=16, tokenizer=tokenizer, seed=0, name="a")
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from codistill.attention import unread_masks, use_short_attention
 from codistill.config import ModelConfig
-from codistill.data.tokenizers import load_tokenizer
+from codistill.data.tokenizers import load_tokenizer, own_padding
 from codistill.errors import UserError, first_line
 from codistill.families import (
     FAMILIES,
@@ -212,12 +212,15 @@ def new_model(
         if hugging_face_config.pad_token_id is None and tokenizer is not None:
             raise UserError(
                 f"members.{name}.model.family: {config.family} counts positions from its padding token, and the "
-                "tokenizer has none; take a tokenizer with one, or another family"
+                "tokenizer has none of its own; take a tokenizer with one, or another family"
             )
         hugging_face_config.pad_token_id = hugging_face_config.pad_token_id or 0
         hugging_face_config.max_position_embeddings += hugging_face_config.pad_token_id + 1
     torch.manual_seed(seed_of(seed, "initialisation", name))
-    return family.model(hugging_face_config)
+    model = family.model(hugging_face_config)
+    if family.objective == "clm":
+        cast(Any, model).generation_config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    return model
 
 
 def load_model(
@@ -264,6 +267,18 @@ def load_model(
     return model
 
 
+def train_all_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Gives the input embedding a gradient for every token that stands in a text, in place.
+
+    A model's configuration names a padding token, whose embedding then gets none; where that token has another role
+    too, as the one that ends a text, or the tokenizer pads with another, it is seen and has to learn. Padding itself
+    is hidden, or comes after what is predicted, so it adds nothing.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and embedding.padding_idx != own_padding(tokenizer):
+        embedding.padding_idx = None
+
+
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
     """The tokenizer stored beside a model, or None where there is none; raises UserError for one that is unreadable."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
@@ -274,7 +289,9 @@ def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -> dict[str, int | None]:
     """Ids by role; for a causal model the tokens that begin and end a text where only BERT's names for them exist."""
-    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("pad", "bos", "eos", "cls", "sep")}
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "cls", "sep")}
+    # transformers gives what a configuration calls padding an input embedding of 0 that never learns.
+    ids["pad"] = own_padding(tokenizer)
     if family.objective == "clm":
         for role, name in (("bos", "cls"), ("eos", "sep")):
             ids[role] = ids[name] if ids[role] is None else ids[role]
