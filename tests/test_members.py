@@ -241,6 +241,16 @@ def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_p
     torch.testing.assert_close(compiled, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method")  # PyTorch imports what it deprecates
+def test_asking_whether_a_compiled_model_looks_ahead_compiles_nothing():
+    lone, graphs = both_ways(is_decoder=True).predictor, []
+    lone.model.base_model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert not lone.looks_ahead
+    assert not graphs
+    lone(batch(1).inputs, batch(1).rows_N)
+    assert graphs
+
+
 def test_what_spreads_a_model_over_devices_is_refused_with_the_remedy():
     wrapped = nn.DataParallel(predictor("a", family="bert").model)
     with pytest.raises(UserError, match=r"DataParallel wraps a BertForMaskedLM; give the model itself, .*\.start\(\)"):

@@ -5,7 +5,7 @@ Shape suffixes: B sequences, T position, D width, N predicted rows.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -74,11 +74,15 @@ def _length(model: nn.Module) -> int:
 
 @contextmanager
 def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Afterwards every part is in the mode in which it was, which may not be that of the whole."""
+    """Inside, nothing is compiled; afterwards every part is in the mode it was in, which may not be the whole's."""
     training = [part for part in model.modules() if part.training]
+    # What is compiled would be so for these few tokens too, and from then on for any number of them, which is slower.
+    # Asked only then, for it imports the compiler.
+    is_compiled = any(part._compiled_call_impl is not None for part in model.modules())
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+            yield
     finally:
         for part in training:
             part.training = True
