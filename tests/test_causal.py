@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from codistill.build import build
@@ -148,6 +149,78 @@ def test_a_masked_teacher_of_a_causal_student_is_refused(text, teacher, causal_t
     refused(wrong, with_teachers("dwt", text, causal_teacher), tmp_path / "run")
     wrong = "members.large.model.family: bert is a masked LM"
     refused(wrong, small_run("standalone-clm", text, "members.large.model.family=bert"), tmp_path / "run")
+
+
+SIZE = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+GATED = SIZE | {"num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 2, "eos_token_id": 3}
+LOOK_AHEAD = {
+    **{
+        f"{name}, made as a masked LM": (f"{name}ForMaskedLM", SIZE, "is_decoder: false")
+        for name in ("XLMRoberta", "Camembert", "Ernie", "MegatronBert", "Data2VecText", "RoFormer")
+    },
+    "Gemma3, both ways": (
+        "Gemma3ForCausalLM",
+        GATED | {"use_bidirectional_attention": True},
+        "use_bidirectional.*true",
+    ),
+    "Llama, both ways": ("LlamaForCausalLM", GATED | {"is_causal": False}, "is_causal: false"),
+}
+LOOK_BACK = {
+    "RoFormer, as a decoder": ("RoFormerForCausalLM", SIZE | {"is_decoder": True}),
+    "GPTNeoX": ("GPTNeoXForCausalLM", SIZE),
+    "Mixtral": ("MixtralForCausalLM", GATED | {"num_local_experts": 4}),
+}
+
+
+def saved(kind: str, settings: dict, place):
+    """A model of transformers in a folder."""
+    made = getattr(transformers, kind)
+    torch.manual_seed(0)
+    model = made(made.config_class(**settings)).eval()
+    model.save_pretrained(place)
+    return model
+
+
+@torch.no_grad()
+def sees_the_last(model) -> bool:
+    """Whether the logits before the last token of a row depend on it."""
+    ids = torch.from_numpy(rows(1))
+    other = ids.clone()
+    other[0, -1] = 5 if ids[0, -1] != 5 else 6
+    return not torch.allclose(*(model(input_ids=i).logits[:, :-1] for i in (ids, other)), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", LOOK_AHEAD)
+def test_a_model_that_looks_at_later_tokens_is_refused_for_clm(name, tmp_path):
+    kind, settings, reason = LOOK_AHEAD[name]
+    assert sees_the_last(saved(kind, settings, tmp_path))
+    with pytest.raises(
+        UserError, match=rf"^members.a.path: .* looks at later tokens \(its config has {reason}\)"
+    ) as no:
+        load_model(str(tmp_path), "members.a.path", "clm")
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("name", LOOK_BACK)
+def test_a_causal_model_of_no_known_family_is_taken_for_clm(name, tmp_path):
+    assert not sees_the_last(saved(*LOOK_BACK[name], tmp_path))
+    load_model(str(tmp_path), "members.a.path", "clm")
+
+
+@pytest.mark.parametrize("objective", ["mlm", None])
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "RobertaForMaskedLM", "ElectraForMaskedLM"])
+def test_a_masked_model_that_looks_only_back_is_refused(kind, objective, tmp_path):
+    assert not sees_the_last(saved(kind, SIZE | {"is_decoder": True}, tmp_path))
+    with pytest.raises(UserError, match=r"^models: .* does not look at later tokens \(its config has is_decoder: true"):
+        load_model(str(tmp_path), "models", objective)
 
 
 def test_a_context_longer_than_the_positions_is_refused(text, causal_teacher, tmp_path):

@@ -249,7 +249,9 @@ def test_a_run_with_a_model_by_proof_is_planned_and_finished(text, tmp_path):
 
 def test_a_family_that_counts_from_padding_needs_a_padding_token():
     config, tokenizer = ModelConfig(family="roberta", layers=1, width=32, heads=2), tokenizer_without_padding()
-    with pytest.raises(UserError, match="roberta counts positions from its padding token, and the tokenizer has none"):
+    with pytest.raises(
+        UserError, match="roberta counts positions from its padding token, and the tokenizer has none of its"
+    ):
         new_model(config, vocabulary=50, length=16, tokenizer=tokenizer, seed=0, name="a")
 
 
@@ -303,6 +305,27 @@ def test_published_deberta_weights_get_their_own_head(tmp_path):
     again = load_model(str(tmp_path), "members.a.path")
     assert family_of(again.config) is FAMILIES["deberta-v2"]
     assert_same_bits(list(built.model.state_dict().values()), list(again.state_dict().values()))
+
+
+@pytest.mark.parametrize(("value", "count"), [(float("nan"), 1), (float("inf"), 1), (float("-inf"), 2)])
+def test_a_model_with_a_weight_that_is_not_finite_is_refused_by_the_tensors_name(value, count, tmp_path):
+    tensors = {name: tensor.clone() for name, tensor in new("bert").model.state_dict().items()}
+    spoilt = "bert.encoder.layer.1.output.dense.weight"
+    tensors[spoilt][3, :count] = value
+    new("bert").model.save_pretrained(tmp_path, state_dict=tensors)
+    named = rf"^members.old.path: '{tmp_path}': {count} of the 4096 numbers in {spoilt} are NaN or infinite; give"
+    with pytest.raises(UserError, match=named) as refusal:
+        load_model(str(tmp_path), "members.old.path")
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_whose_sum_is_too_large_for_float32_are_finite(tmp_path):
+    model = new("bert").model
+    with torch.no_grad():
+        model.cls.predictions.bias[:4] = 3e38
+    assert model.cls.predictions.bias.sum().isinf()
+    model.save_pretrained(tmp_path)
+    load_model(str(tmp_path), "members.a.path")
 
 
 class Scaled(transformers.BertForMaskedLM):

@@ -1,10 +1,11 @@
 """How members start: at random by their own seed, or from another model, remapped or by maps learned on the text."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from codistill.build import build
 from codistill.errors import UserError
@@ -81,6 +82,18 @@ def test_a_member_grows_by_maps_learned_on_the_text(text, teacher):
     )
     a, b = start.state_dict(), learned.state_dict()
     assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("way", ["depth: stack", "learned: 1"])
+def test_a_member_grows_from_no_weight_that_is_not_finite(way, text, teacher, tmp_path):
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(teacher, spoilt)
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["model.layers.0.mlp.Wo.weight"][0, 0] = float("nan")
+    save_file(tensors, spoilt / "model.safetensors", metadata={"format": "pt"})
+    run = to_dict(small_run("standalone", text, "data.tokenizer=null", "precision=float32"))
+    with pytest.raises(UserError, match=r"^members.large.init.from: .* NaN or infinite"):
+        build(load(override(run, [f"members.large.init={{from: {spoilt}, {way}}}"])), CPU)
 
 
 def test_an_initialisation_that_cannot_be_had_is_refused(text, teacher, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from transformers import AutoModelForMaskedLM, BertConfig, BertLMHeadModel
+from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertLMHeadModel
 
 from codistill import Batch, Cohort, Distillation, Member, Predictor, UserError
 from codistill.divergences import forward_kl
@@ -174,6 +174,52 @@ def test_labels_that_were_shifted_by_hand_or_are_masked_are_taken():
     assert Batch.from_labels(given).to("meta").copies_inputs
 
 
+def both_ways(kind=BertLMHeadModel, **settings) -> Member:
+    """A BERT's causal class, which looks both ways unless its configuration says that it is a decoder."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    built = Predictor(kind(BertConfig(vocab_size=VOCABULARY, **sizes, **settings)), VOCABULARY)
+    return Member("b", built, SGD(built.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("kind", [BertLMHeadModel, BertForMaskedLM])
+def test_a_model_that_looks_both_ways_is_not_asked_for_the_next_token(kind, by_hand):
+    given, lone = texts(), both_ways(kind)
+    if by_hand:
+        given["labels"] = given["labels"].roll(-1, 1).index_fill(1, torch.tensor(LENGTH - 1), -100)
+    asked = Batch.from_labels(given, causal=not by_hand)
+    with pytest.raises(
+        UserError, match=r"^step 0: the labels are .* 'b' looks at these \(its config has is_decoder: f"
+    ):
+        Cohort([lone]).step(0, asked)
+    student = both_ways(is_decoder=True)
+    student.name = "a"
+    with pytest.raises(UserError, match="'b' looks at these"):
+        Cohort([Member("b", lone.predictor), student], [Distillation("b", "a")]).step(0, asked)
+
+
+def test_a_model_is_asked_once_whether_it_looks_ahead_and_stays_as_it_was():
+    lone = both_ways(is_decoder=True)
+    lone.predictor.model.bert.encoder.layer[0].eval()
+    modes = [part.training for part in lone.predictor.modules()]
+    calls: list[torch.Tensor] = []
+    lone.predictor.model.bert.register_forward_hook(lambda *given: calls.append(given[0]))
+    cohort = Cohort([lone])
+    for step in range(3):
+        cohort.step(step, Batch.from_labels(texts(step), causal=True))
+    assert len(calls) == 3 + 2
+    assert [part.training for part in lone.predictor.modules()] == modes
+
+
+def test_labels_of_masked_tokens_are_no_next_tokens_even_where_they_are_by_chance():
+    ids = torch.tensor([[7, 7, 4, 9, 4, 11, 12, 13]])
+    labels = torch.tensor([[-100, -100, 9, -100, 11, -100, -100, -100]])
+    given = Batch.from_labels({"input_ids": ids, "labels": labels})
+    assert not given.shows_next
+    Cohort([both_ways(BertForMaskedLM)]).step(0, given)
+    assert Batch.from_labels(texts(), causal=True).to("cpu").shows_next
+
+
 def test_masked_and_causal_models_in_one_cohort_are_refused():
     with pytest.raises(UserError, match=r"^members: 'a' is a masked LM and 'b' a causal one; "):
         Cohort([member("a", family="bert"), member("b", family="gpt2", trained=False)])
@@ -193,6 +239,16 @@ def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_p
     compiled = Predictor(model, VOCABULARY)(given.inputs, given.rows_N)
     assert graphs
     torch.testing.assert_close(compiled, plain)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method")  # PyTorch imports what it deprecates
+def test_asking_whether_a_compiled_model_looks_ahead_compiles_nothing():
+    lone, graphs = both_ways(is_decoder=True).predictor, []
+    lone.model.base_model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    assert not lone.looks_ahead
+    assert not graphs
+    lone(batch(1).inputs, batch(1).rows_N)
+    assert graphs
 
 
 def test_what_spreads_a_model_over_devices_is_refused_with_the_remedy():

@@ -25,7 +25,14 @@ from codistill.families.supported import check_documents, check_objective
 from codistill.initial import initialise
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
-from codistill.models import Predictor, check_documents_apart, load_model, load_own_tokenizer, new_model
+from codistill.models import (
+    Predictor,
+    check_documents_apart,
+    load_model,
+    load_own_tokenizer,
+    new_model,
+    train_all_tokens,
+)
 from codistill.objectives import Batch
 from codistill.provenance import pre_trained, provenance
 from codistill.scores import unigram_cross_entropy
@@ -145,6 +152,7 @@ def _model(
     if config is None:
         _check_fits(run, name, loaded[name], vocabulary_size(tokenizer))
         model = loaded[name]
+        train_all_tokens(model, tokenizer)
     else:
         model = new_model(
             config,

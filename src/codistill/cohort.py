@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from codistill.distributed import ALONE, Ranks
 from codistill.edges import Distillation
 from codistill.errors import UserError
 from codistill.families import is_causal, known_objective
+from codistill.families.ahead import why
 from codistill.kernels import CohortLoss, Edge, SparseLogits, linear_cohort_loss, linear_cohort_regression
 from codistill.member import Member
 from codistill.objectives import Batch
@@ -59,7 +60,10 @@ class Cohort:
         self.trained = [member for member in members if member.is_trained]
         _check_precision(precision)
         _check(members, distillation, ranks)
-        self._causal = _causal(members)
+        self._language_models = {
+            m.name: m.predictor for m in members if not getattr(m.predictor, "is_from_module", True)
+        }
+        self._causal = _causal({name: predictor.model for name, predictor in self._language_models.items()})
         models = {member.name: member.predictor.model for member in members}
         self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)
         self.distillation = self._relations.edges
@@ -91,6 +95,8 @@ class Cohort:
             )
         if any(batch.copies_inputs for batch in micro_batches):
             self._check_labels(step)
+        if any(batch.shows_next for batch in micro_batches):
+            self._check_sight(step)
         weights = [(edge, edge.weight_at(step)) for edge in self.distillation]
         # A weight that is a tensor may be on the device, and to ask whether it is 0 would wait for that.
         active = [(edge, weight) for edge, weight in weights if isinstance(weight, torch.Tensor) or weight != 0]
@@ -111,6 +117,15 @@ class Cohort:
                 raise UserError(
                     f"step {step}: the labels are the inputs at the same positions, so {member.name!r} (causal) would "
                     "learn to copy; pass causal=True to Batch.from_labels, which takes the labels from one position on"
+                )
+
+    def _check_sight(self, step: int) -> None:
+        """UserError where a language model sees the labels, which stand one after their rows."""
+        for name, predictor in self._language_models.items():
+            if predictor.looks_ahead:
+                raise UserError(
+                    f"step {step}: the labels are the tokens that come next, and {name!r} looks at these"
+                    f"{why(predictor.model)}, so it would learn to copy; give a causal model, or mask what is predicted"
                 )
 
     def weight_norms(self) -> dict[str, Tensor]:
@@ -244,9 +259,8 @@ def _sum(scalars: Sequence[Tensor]) -> Tensor:
     return scalars[0] if len(scalars) == 1 else torch.stack(list(scalars)).sum()
 
 
-def _causal(members: Sequence[Member]) -> list[str]:
-    """Names of the causal language models; UserError where known masked ones are among the members too."""
-    whole = {m.name: m.predictor.model for m in members if not getattr(m.predictor, "is_from_module", True)}
+def _causal(whole: dict[str, nn.Module]) -> list[str]:
+    """Names of the causal ones of the language models; UserError where known masked ones are among them too."""
     kinds = {known_objective(model): name for name, model in reversed(whole.items())}
     if "mlm" in kinds and "clm" in kinds:
         raise UserError(

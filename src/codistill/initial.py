@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from codistill.config import Run
 from codistill.data.batches import Batches
+from codistill.families.supported import check_finite
 from codistill.models import Predictor, load_model
 from codistill.remap import initial_state, learn_growth, read_config
 from codistill.seeds import seed_of
@@ -40,6 +41,7 @@ def initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) ->
             seed=seed,
         )
     model.load_state_dict(state)
+    check_finite(model, f"members.{name}.init.from: {init.from_!r}")
 
 
 class _Logits(nn.Module):

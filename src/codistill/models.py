@@ -5,7 +5,7 @@ D width, N predicted rows, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from codistill.attention import unread_masks, use_short_attention
 from codistill.config import ModelConfig
-from codistill.data.tokenizers import load_tokenizer
+from codistill.data.tokenizers import load_tokenizer, own_padding
 from codistill.errors import UserError, first_line
 from codistill.families import (
     FAMILIES,
@@ -41,7 +41,8 @@ from codistill.families import (
     local_window,
     split,
 )
-from codistill.families.supported import check_folder, check_full_precision, check_model, check_objective
+from codistill.families.ahead import check_sight, looks_ahead
+from codistill.families.supported import check_finite, check_folder, check_full_precision, check_model, check_objective
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -127,6 +128,11 @@ class Predictor(nn.Module):
             return functional.linear(wide_NV, self.output_weight[: self.vocabulary].to(wide_NV.dtype), bias_V)
         return wide_NV[:, : self.vocabulary]
 
+    @cached_property
+    def looks_ahead(self) -> bool:
+        """Whether the model sees later tokens, found by running it once; waits for the device."""
+        return looks_ahead(self.model, self._parts, self.vocabulary)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
@@ -206,12 +212,15 @@ def new_model(
         if hugging_face_config.pad_token_id is None and tokenizer is not None:
             raise UserError(
                 f"members.{name}.model.family: {config.family} counts positions from its padding token, and the "
-                "tokenizer has none; take a tokenizer with one, or another family"
+                "tokenizer has none of its own; take a tokenizer with one, or another family"
             )
         hugging_face_config.pad_token_id = hugging_face_config.pad_token_id or 0
         hugging_face_config.max_position_embeddings += hugging_face_config.pad_token_id + 1
     torch.manual_seed(seed_of(seed, "initialisation", name))
-    return family.model(hugging_face_config)
+    model = family.model(hugging_face_config)
+    if family.objective == "clm":
+        cast(Any, model).generation_config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+    return model
 
 
 def load_model(
@@ -224,9 +233,9 @@ def load_model(
 ) -> PreTrainedModel:
     """The LM in a folder or of a hub name, in float32; raises UserError naming `field`.
 
-    `objective`: what it is to be trained for, where one is given; a model of another kind is refused, and one of a
-    family that we do not know is loaded for it. Without `needs_head` its LM head may be missing there, and is then
-    random. `trust_remote_code`: whether Python code that comes with the model may be run.
+    `objective`: what it is to be trained for, where one is given; a model of another kind is refused, by its family or
+    by what it looks at, and one of a family that we do not know is loaded for it. Without `needs_head` its LM head may
+    be missing there, and is then random. `trust_remote_code`: whether Python code that comes with it may be run.
     """
     check_folder(Path(path), field)
     if _is_local(path) and not (Path(path) / "config.json").is_file():
@@ -249,11 +258,25 @@ def load_model(
     objective = family.objective if family is not None else objective or "mlm"
     _check_supported(config, objective, path, field, trust_remote_code)
     model = _load_weights(path, field, config, objective, trust_remote_code, needs_head)
+    check_finite(model, f"{field}: {path!r}")
     try:
-        split(model)
+        parts = split(model)
     except UserError as error:
         raise UserError(f"{field}: {path!r} is of the family {error}; supported are {', '.join(FAMILIES)}") from None
+    check_sight(model, parts, objective, f"{field}: {path!r}")
     return model
+
+
+def train_all_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    """Gives the input embedding a gradient for every token that stands in a text, in place.
+
+    A model's configuration names a padding token, whose embedding then gets none; where that token has another role
+    too, as the one that ends a text, or the tokenizer pads with another, it is seen and has to learn. Padding itself
+    is hidden, or comes after what is predicted, so it adds nothing.
+    """
+    embedding = model.get_input_embeddings()
+    if isinstance(embedding, nn.Embedding) and embedding.padding_idx != own_padding(tokenizer):
+        embedding.padding_idx = None
 
 
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
@@ -266,7 +289,9 @@ def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
 
 def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -> dict[str, int | None]:
     """Ids by role; for a causal model the tokens that begin and end a text where only BERT's names for them exist."""
-    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("pad", "bos", "eos", "cls", "sep")}
+    ids = {role: getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "cls", "sep")}
+    # transformers gives what a configuration calls padding an input embedding of 0 that never learns.
+    ids["pad"] = own_padding(tokenizer)
     if family.objective == "clm":
         for role, name in (("bos", "cls"), ("eos", "sep")):
             ids[role] = ids[name] if ids[role] is None else ids[role]

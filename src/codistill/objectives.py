@@ -36,7 +36,8 @@ class Batch:
     of the data these are, for error messages; `cached`: by member, what a teacher said about the rows when it was run:
     features (N, D), or sparse logits; `lengths_B`: int64, the positions of each sequence that are not padding, where
     some are and no `attention_mask` (B, T) among the inputs says which; `copies_inputs`: every label is the token that
-    stands at its own row, which asks a causal model to copy, so that a cohort refuses it.
+    stands at its own row, which asks a causal model to copy, so that a cohort refuses it; `shows_next`: every label is
+    the token that stands one after its row, which a model that looks there would copy, so that a cohort refuses that.
     """
 
     inputs: Mapping[str, Tensor]
@@ -47,6 +48,7 @@ class Batch:
     cached: Mapping[str, Tensor | SparseLogits] = field(default_factory=dict)
     lengths_B: Tensor | None = None
     copies_inputs: bool = False
+    shows_next: bool = False
 
     @classmethod
     def from_labels(cls, given: Mapping[str, Tensor], *, causal: bool = False) -> Batch:
@@ -62,7 +64,16 @@ class Batch:
             labels_BT = torch.nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
         rows_N = (labels_BT.flatten() != IGNORED).nonzero()[:, 0]
         labels_N = labels_BT.flatten()[rows_N]
-        return cls(inputs, rows_N, labels_N, copies_inputs=not causal and _copies(inputs, rows_N, labels_N))
+        here, after = _stand_at(0, inputs, rows_N, labels_N), _stand_at(1, inputs, rows_N, labels_N)
+        # Shifted by hand they are those of nearly all positions; a few masked ones may be so by chance.
+        is_shifted = causal or 2 * len(rows_N) > labels_BT.numel()
+        return cls(
+            inputs,
+            rows_N,
+            labels_N,
+            copies_inputs=here and not after and not causal,
+            shows_next=after and not here and is_shifted,
+        )
 
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`; from pinned memory the copies do not wait."""
@@ -91,13 +102,10 @@ class Batch:
         )
 
 
-def _copies(inputs: Mapping[str, Tensor], rows_N: Tensor, labels_N: Tensor) -> bool:
-    """Whether the labels are the tokens at their own rows, and not those after them all the same."""
+def _stand_at(ahead: int, inputs: Mapping[str, Tensor], rows_N: Tensor, labels_N: Tensor) -> bool:
+    """Whether the labels are the tokens that stand so many positions after their own rows."""
     ids = inputs.get("input_ids")
-    if ids is None or len(rows_N) < 2:
-        return False
-    here, after = ids.flatten(), ids.roll(-1, 1).flatten()
-    return torch.equal(here[rows_N], labels_N) and not torch.equal(after[rows_N], labels_N)
+    return ids is not None and len(rows_N) > 1 and torch.equal(ids.roll(-ahead, 1).flatten()[rows_N], labels_N)
 
 
 def _lengths(lengths_B: np.ndarray, length: int) -> Tensor | None:

@@ -147,6 +147,14 @@ def separator_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return found
 
 
+def own_padding(tokenizer: PreTrainedTokenizerFast | None) -> int | None:
+    """The id of the token that pads and does nothing else: None where it begins or ends texts too, or stands for what
+    is unknown or masked, and where there is none."""
+    others = [getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "cls", "sep", "unk", "mask")]
+    pad = getattr(tokenizer, "pad_token_id", None)
+    return None if pad in others else pad
+
+
 def _first(*ids: int | None) -> int | None:
     return next((i for i in ids if i is not None), None)
 

@@ -16,7 +16,7 @@ from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
 from codistill.errors import UserError
 from codistill.families import is_causal, longest
 from codistill.folders import members_of
-from codistill.models import Predictor, load_model, load_own_tokenizer
+from codistill.models import Predictor, load_model, load_own_tokenizer, train_all_tokens
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ def load_subject(name: str, path: str, device: torch.device, *, needs_head: bool
             f"models: {path} knows {model.config.vocab_size} tokens, its tokenizer {vocabulary_size(tokenizer)}: it "
             "is another model's; save the one it was trained with there"
         )
+    train_all_tokens(model, tokenizer)
     use_short_attention(model)
     cast(nn.Module, model).to(device).eval()
     known = model if needs_head else model.base_model
