@@ -25,7 +25,7 @@ from codistill.model_card import model_card
 from codistill.scores import Score
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
-DETERMINING = ("data", "tokenizer", "members", "versions")
+DETERMINING = ("data", "tokenizer", "members", "configurations", "versions")
 _JOB = ".job"
 # What a run, its trackers, its report and a study's scores leave in its folder.
 _OWN = (
