@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.errors import UserError
-from codistill.files import machine_error, write_file
+from codistill.files import machine_error, to_json, write_file
 from codistill.study.arms import FORMAT
 
 Cell = dict[str, Any]
@@ -31,7 +31,7 @@ class Cells:
         file = self.folder / f"{key}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(file, json.dumps({"format": FORMAT, **cell}, indent=1) + "\n")
+            write_file(file, to_json({"format": FORMAT, **cell}, indent=1) + "\n")
         except OSError as error:
             raise machine_error(error, file) from error
 

@@ -74,7 +74,7 @@ def _curve(folder: Path, name: str, tokens_per_step: float) -> list[tuple[int, f
     """(tokens, held-out loss) along training."""
     lines = (line for line in read_metrics(folder / "metrics.jsonl") if "held_out" in line)
     points = {round(line["step"] * tokens_per_step): line["held_out"][name]["loss"] for line in lines}
-    return sorted(points.items())
+    return sorted((tokens, loss) for tokens, loss in points.items() if loss is not None)
 
 
 def _blimp(folder: Path, name: str) -> dict[str, Any] | None:

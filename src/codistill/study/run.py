@@ -11,7 +11,7 @@ from codistill.config import Data
 from codistill.data.corpus import Corpus
 from codistill.distributed import start
 from codistill.errors import MachineError, UserError
-from codistill.files import locked, machine_error, write_file
+from codistill.files import locked, machine_error, to_json, write_file
 from codistill.progress import Advance, preparing, silent
 from codistill.study.analysis import analysis
 from codistill.study.arms import Arm, keys_of
@@ -166,7 +166,7 @@ def tabulate(request: Request) -> dict[str, Any]:
     found = summary(request, cells)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
-        write_file(request.out / "results.json", json.dumps(found, indent=1) + "\n")
+        write_file(request.out / "results.json", to_json(found, indent=1) + "\n")
         write_file(request.out / "table.md", table := to_markdown(study_blocks(found)))
         _put_into_page(request.out / "README.md", table)
         draw(request.study, found, cells, request.out / "figure.png")
