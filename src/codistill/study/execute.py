@@ -257,7 +257,8 @@ class _Execution:
         left = len(self.waiting) + len(self.running)
         # Counted anew, for a cohort that is split has more to train, and what there is no memory for has none.
         total = self.finished + sum(work.units for work in [*self.waiting, *self.running])
-        self.advance(done, f"{left} cohorts left; now {names}" if names else "done", total)
+        now = f"; now {names}" if names else ""
+        self.advance(done, f"{left} cohort{'s' if left > 1 else ''} left{now}" if left else "done", total)
 
     def _stop(self) -> None:
         for work in self.running:
