@@ -139,7 +139,7 @@ def refused(path, match, **options):
 def test_broken_utf8_is_refused_with_its_place_or_replaced_and_counted(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"good \xff\xfe bad \xef\xbf\xbd fine")
-    refused(path, r"broken UTF-8 at byte 5 \(ff fe 20 62\)")
+    refused(path, r"broken UTF-8 at byte 5 \(ff fe 20 62\); .* with `codistill prepare --bad-utf8 replace`")
     (tmp_path / "long.txt").write_bytes(b"x " * 500_000 + b"\xff")
     refused(tmp_path / "long.txt", "broken UTF-8 at byte 1000000 ")
     reading = Reading(bad_utf8="replace")
@@ -156,6 +156,14 @@ def test_broken_utf8_in_rows(tmp_path):
     broken = pa.array([b"fine", b"\xff"], pa.binary())
     pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", "row 1: broken UTF-8")
+
+
+def test_the_mark_at_the_start_of_a_file_of_json_is_skipped_and_nowhere_else(tmp_path):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + jsonl(["one", "\ufefftwo"]))
+    assert texts_of(tmp_path / "a.jsonl") == ["one", "\ufefftwo"]
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["one"]) + mark + jsonl(["two"]))
+    refused(tmp_path / "b.jsonl", "line 2: not JSON")
 
 
 def test_a_line_that_is_too_long(tmp_path, monkeypatch):

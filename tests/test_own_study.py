@@ -1,16 +1,23 @@
 """A study in a file of one's own: it runs, and whatever is wrong with it is said before anything is trained."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from codistill.cli import main
+from codistill.config import MemberConfig
 from codistill.errors import UserError
-from codistill.study import Contrast, edge, frozen
+from codistill.study import Contrast, edge, frozen, settings
+from codistill.study.arms import keys_of
+from codistill.study.cells import Cells
+from codistill.study.execute import missing
 from codistill.study.find import check_study, find_study
-from codistill.study.run import run_study
+from codistill.study.run import run_study, tabulate
 from studies import SCALE, STUDY, data_folder, request
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "own_study.py"
@@ -31,6 +38,59 @@ def test_the_example_is_trained_and_told(text, tmp_path):
 def test_the_command_takes_a_file(tmp_path, capsys):
     main(["study", str(EXAMPLE), "--plan", "--out", str(tmp_path / "out")])
     assert "study divergences at tiny, 3 seeds: Which divergence" in " ".join(capsys.readouterr().out.split())
+
+
+def with_a_model_from_outside(place):
+    """`alone`, `taught` by the model in the folder `place`, and `further`, which `taught` teaches in turn."""
+
+    def arms(scale, seed):
+        (at,) = settings(scale.masked, seed, passes=(1,))
+        large = at.learner(at.size.models["large"])
+        outside = MemberConfig(path=str(place), frozen=True)
+        found = [
+            at.arm("alone", {"large": large}),
+            at.arm("taught", {"weak": outside, "large": large}, edge("weak", "large")),
+            at.arm("further", {"next": frozen("taught", "large"), "large": large}, edge("next", "large")),
+        ]
+        return [replace(a, run=replace(a.run, data=replace(a.run.data, tokenizer=str(place)))) for a in found]
+
+    return replace(STUDY, arms=arms)
+
+
+def test_another_model_in_a_teachers_place_is_refused_and_its_cells_are_not_taken_over(
+    text, teacher, tmp_path, monkeypatch
+):
+    place = shutil.copytree(teacher, tmp_path / "own" / "weak")
+    study, data = with_a_model_from_outside(place), data_folder(tmp_path / "data", text)
+    out = tmp_path / "studies" / "mine"
+    assert run_study(request(out, study), data=data, jobs=1)["missing"] == 0
+    held = {cell["arm"]: cell for cell in (json.loads(file.read_text()) for file in (out / "cells").iterdir())}
+    assert {arm: len(cell["outside"]) for arm, cell in held.items()} == {"alone": 0, "taught": 1, "further": 1}
+    assert str(tmp_path) not in json.dumps(list(held.values()))
+
+    def trained_in(folder, seeds):
+        """What is left to train there, which is not trained."""
+        found = []
+        monkeypatch.setattr(
+            "codistill.study.run.execute", lambda arms, out, *_: found.append(missing(arms, Cells(out)))
+        )
+        run_study(request(folder, study, seeds), data=data, jobs=1)
+        return [(arm.name, arm.seed) for arm in found[0]]
+
+    assert trained_in(out, 2) == [("alone", 1), ("taught", 1), ("further", 1)]
+    assert trained_in(out.parent / "same", 2) == trained_in(out, 2)
+    weights = load_file(place / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, place / "model.safetensors")
+    assert trained_in(out.parent / "other", 1) == [("taught", 0), ("further", 0)]
+    with pytest.raises(UserError, match=r"taught, seed 0 and what is trained now begin from different models in one"):
+        run_study(request(out, study, 2), data=data, jobs=1)
+    tabulate(request(out, study, 2))  # which reads no model
+
+    later = held["taught"] | {"seed": 1, "outside": dict.fromkeys(held["taught"]["outside"], "another")}
+    every = study.arms(SCALE, 0) + study.arms(SCALE, 1)
+    Cells(out).put(keys_of(every)["one pass", "taught", 1], later)
+    with pytest.raises(UserError, match=r"taught, seed 0 and taught, seed 1 begin from .* \(weak\), so they cannot be"):
+        tabulate(request(out, study, 2))
 
 
 START = "from codistill.study import *\n"

@@ -1,16 +1,17 @@
 """What has changed since a run was made is named when it is resumed, and refused or accepted on request."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from codistill.data.tokenizers import train_tokenizer
-from codistill.loading import load, override, read_run, to_dict
+from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.train import Stopped, train
-from runs import refused, small_run
+from runs import refused, small_run, with_teachers
 
 
 def test_changed_text_is_noticed(text, tmp_path):
@@ -40,6 +41,34 @@ def test_special_tokens_that_have_changed_are_noticed(text, tmp_path):
     changed.cls_token = None
     changed.save_pretrained(folder)
     refused("provenance.special_tokens: .* start 2, but now it is None", run, tmp_path / "run", resume=True)
+
+
+def test_a_changed_configuration_of_a_pre_trained_member_is_noticed_and_the_same_model_saved_again_is_not(
+    text, teacher, tmp_path
+):
+    place = shutil.copytree(teacher, tmp_path / "teacher")
+    run = with_teachers("kd", text, place, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | {"norm_eps": 0.5}))
+    message = "provenance.configurations: the run was made with teacher '.*but now it is"
+    refused(message, run, tmp_path / "run", resume=True)
+    refused(message, load(read_run(tmp_path / "run" / "run.yaml")), tmp_path / "other")
+    (place / "config.json").write_text(json.dumps(config | {"transformers_version": "4.0.0", "_name_or_path": "/a"}))
+    AutoModelForMaskedLM.from_pretrained(place, dtype=torch.float32).save_pretrained(place)
+    train(run, tmp_path / "run", resume=True)
+
+
+def test_a_run_from_before_configurations_were_recorded_goes_on(text, teacher, tmp_path):
+    run = with_teachers("kd", text, teacher, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    file = tmp_path / "run" / "run.yaml"
+    tree = read_run(file)
+    del tree["provenance"]["configurations"]
+    file.write_text(to_yaml(load(tree)))
+    train(run, tmp_path / "run", resume=True)
 
 
 def test_a_changed_setting_is_refused_or_accepted_on_request(text, tmp_path):

@@ -299,6 +299,20 @@ def test_a_model_that_overfits_is_told_from_one_on_the_plateau():
     ]
 
 
+def test_a_model_that_ends_above_the_unigram_is_not_said_to_be_below_it():
+    """The unigram loss is 7: one that ends at 7.42 and 7.5, one at 7.1 and 6.7, one that had been at 6.95."""
+    ends = {"alone": (7.42, 7.5), "guide": (7.1, 6.7), "once": (7.2,)}
+    cells = [made_up(arm, seed, loss) for arm, of in ends.items() for seed, loss in enumerate(of)]
+    teaching = replace(STUDY, arms=lambda scale, seed: [])
+    for cell in cells:
+        loss = cell["members"]["large"]["loss"]
+        cell["members"]["large"]["curve"] = [[50, 6.95 if cell["arm"] == "once" else loss], [100, loss]]
+    said = [getattr(block, "text", "") for block in study_blocks(analysis(teaching, "toy", 5, cells))]
+    assert "On the plateau: alone/large, seeds 0, 1, ended 0.42 to 0.50 nats above the unigram." in said
+    assert "On the plateau: guide/large, seeds 0, 1, ended only 0.10 nats above to 0.30 nats below the unigram." in said
+    assert "Overfits: once/large, seed 0, ended 0.20 nats above the unigram, and was 0.05 below at its best." in said
+
+
 def test_models_that_overfit_are_compared_at_their_best_too():
     """Alone: 5.3 and 5.1 at best, 5.6 and 5.5 at the end; taught: 5.0 and 5.2, where it ends."""
     cells = [
@@ -447,11 +461,13 @@ def test_what_there_is_no_memory_for_leaves_the_rest(means, tmp_path):
 def test_a_cohort_that_there_is_no_memory_for_is_tried_arm_by_arm(means, tmp_path):
     every = renamed(alone="crowd")  # shares a cohort with `pair`, and fits alone
     told = []
-    assert execute(every, tmp_path / "out", means, lambda done, note, total: told.append((done, total))) == []
+    assert execute(every, tmp_path / "out", means, lambda done, note, total: told.append((done, total, note))) == []
     cells, keys = Cells(tmp_path / "out"), keys_of(every)
     assert all(cells.get(keys[arm.place]) is not None for arm in every)
-    assert all(done <= total for done, total in told)
+    assert all(done <= total for done, total, _ in told)
     assert told[-1][0] == told[-1][1]
+    # Between the cohort that was split and its arms nothing runs, and nothing is done either.
+    assert [note for *_, note in told].index("done") == len(told) - 1
 
 
 def test_a_worker_without_memory_says_so_by_its_status(tmp_path, monkeypatch, capsys):

@@ -16,15 +16,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from codistill import checkpoint
+from codistill.blocks import to_markdown
 from codistill.build import adamw, build, edges_of
 from codistill.cli import main
-from codistill.config import DistillationConfig, Layers, Run
+from codistill.config import Checkpointing, DistillationConfig, Layers, Run
 from codistill.distributed import Ranks
 from codistill.edges import Distillation
 from codistill.errors import MachineError
 from codistill.files import locked
 from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.recipes import RECIPES, find
+from codistill.report.sections import section
+from codistill.study.worker import work
 from codistill.train import Stopped, train
 from codistill.watch import NonFiniteError
 from runs import assert_same_run, refused, small_run, weights, with_teachers
@@ -452,6 +455,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_member_and_rows(
     ):
         train(run, tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_member_whose_loss_is_no_number_in_the_end_is_no_success(text, tmp_path, capsys):
+    """The first step's update is finite and much too large: every later one is skipped, 9 of 10."""
+    run = small_run("standalone", text, "members.large.lr=1e30", "members.large.clip=1e30", "precision=float32")
+    file, out = tmp_path / "broken.yaml", tmp_path / "run"
+    file.write_text(to_yaml(replace(run, steps=10, non_finite="skip", checkpoint=Checkpointing(keep_best=True))))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(file), "--out", str(out)])
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "9 of 10 steps were skipped" in said.out
+    assert f"{out}: the held-out loss of large is no number after 10 steps; lower" in said.err
+    for written in [out / "results.json", *out.glob("checkpoints/*/manifest.json")]:
+        found = json.loads(written.read_text(), parse_constant=pytest.fail)
+        assert found.get("skipped", 9) == 9
+    results = json.loads((out / "results.json").read_text())["members"]["large"]
+    assert (results["loss"], results["perplexity"], results["best"]) == (None, None, None)
+    card = (out / "members" / "large" / "README.md").read_text()
+    assert "| loss (nats) | no number |" in card
+    assert "9 of the steps were skipped" in card
+    assert "9 of 10 steps were skipped" in to_markdown(section(out))
+    with pytest.raises(NonFiniteError, match="the held-out loss of large is no number"):
+        work({"run": str(out / "run.yaml"), "out": str(out), "device": "cpu", "members": ["large"], "tasks": [],
+              "peers": {}, "data": None, "pairs": None})  # fmt: skip
 
 
 def test_a_full_disk_is_one_line_and_no_finished_folder(text, tmp_path, monkeypatch):

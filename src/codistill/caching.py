@@ -3,7 +3,6 @@
 Shape suffixes: N predicted rows, C rows of a chunk, D width, K few tokens of a row, V vocabulary.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from codistill.config import Run
 from codistill.data.batches import Batches
 from codistill.divergences import forward_kl
 from codistill.errors import MachineError, UserError
-from codistill.files import atomic_folder, write_file
+from codistill.files import atomic_folder, to_json, write_file
 from codistill.kernels import SparseLogits
 from codistill.models import Predictor
 from codistill.objectives import Batch
@@ -127,7 +126,7 @@ def write(plan: Plan, out: Path, advance: Advance = silent) -> dict[str, Any]:
             for file in files.values():
                 file.close()
         manifest = _manifest(plan, {path.name: path.stat().st_size for path in sorted(fresh.iterdir())})
-        write_file(fresh / "manifest.json", json.dumps(manifest, indent=1))
+        write_file(fresh / "manifest.json", to_json(manifest, indent=1))
     return manifest
 
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from codistill.distributed import ALONE, Ranks, like, whole
 from codistill.errors import UserError
-from codistill.files import atomic_folder, remove_folder, sha256
+from codistill.files import atomic_folder, remove_folder, sha256, to_json, without_nan
 
 
 class Trained(NamedTuple):
@@ -212,16 +212,17 @@ def _dropped(folder: Path, retention: Retention) -> list[Path]:
         kept |= {place for place in places if step_of(place) % retention.every == 0}
     if retention.best:
         scored = [(place, (_read_manifest(place) or {}).get("scores") or {}) for place in places]
-        for name in {name for _, scores in scored for name in scores}:
-            kept.add(min((scores[name], place) for place, scores in scored if name in scores)[1])
+        known = [(name, loss, place) for place, scores in scored for name, loss in scores.items() if loss is not None]
+        for name in {name for name, _, _ in known}:
+            kept.add(min((loss, place) for other, loss, place in known if other == name)[1])
     return [place for place in places if place not in kept]
 
 
 def _write_manifest(fresh: Path, step: int, scores: Mapping[str, float] | None) -> None:
     files = sorted(file for file in fresh.rglob("*") if file.is_file())
     entries = {str(file.relative_to(fresh)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    content = {"step": step, "scores": scores, "files": entries}
-    (fresh / "manifest.json").write_text(json.dumps(content | {"sha256": _digest(content)}, indent=1))
+    content = {"step": step, "scores": without_nan(scores), "files": entries}
+    (fresh / "manifest.json").write_text(to_json(content | {"sha256": _digest(content)}, indent=1))
 
 
 def _read_manifest(place: Path) -> dict[str, Any] | None:

@@ -2,12 +2,15 @@
 
 import errno
 import hashlib
+import json
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -67,6 +70,20 @@ def write_file(file: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     _flush(file.parent)
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """JSON with null in place of numbers that are none: the standard knows no NaN, and a failure is no number."""
+    return json.dumps(without_nan(content), indent=indent, allow_nan=False)
+
+
+def without_nan(content: Any) -> Any:
+    """`content` of mappings, lists and values with None in place of numbers that are none."""
+    if isinstance(content, Mapping):
+        return {key: without_nan(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 @contextmanager

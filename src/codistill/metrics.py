@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from codistill.files import write_file
+from codistill.files import to_json, without_nan, write_file
 from codistill.scores import Score
 
 # A loss is a spike when it lies this many robust standard deviations above the median of the lines before it.
@@ -47,7 +47,7 @@ class MetricsLog:
         self.seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         self.skipped_before = self.skipped_written = max((line.get("skipped", 0) for line in kept), default=0)
         if not file.exists() or file.is_file():  # and not the null device of a rank that writes nothing
-            write_file(file, "".join(json.dumps(line) + "\n" for line in kept))
+            write_file(file, "".join(to_json(line) + "\n" for line in kept))
         self.held_out = [(line["step"], _losses(line["held_out"])) for line in kept if "held_out" in line]
         self.started = time.monotonic()
         self.recent: dict[str, deque[float]] = {}
@@ -88,10 +88,11 @@ class MetricsLog:
         self._append({"step": step, "seconds": round(self.seconds, 3), "held_out": table})
 
     def best(self) -> dict[str, dict[str, float]]:
-        """For each member, after which step its held-out loss was lowest, and that loss in nats."""
+        """For each member, after which step its held-out loss was lowest, and that loss in nats; nothing for one whose
+        loss never was a number."""
         names = dict.fromkeys(name for _, losses in self.held_out for name in losses)
         lowest = {name: min((losses[name], step) for step, losses in self.held_out) for name in names}
-        return {name: {"step": step, "loss": loss} for name, (loss, step) in lowest.items()}
+        return {name: {"step": step, "loss": loss} for name, (loss, step) in lowest.items() if math.isfinite(loss)}
 
     def is_stale(self, names: Sequence[str], patience: int, least: float) -> bool:
         """Whether the last `patience` held-out losses, summed over `names`, are not below the lowest before them."""
@@ -120,9 +121,9 @@ class MetricsLog:
             self.recent.setdefault(key, deque(maxlen=_LINES_BEFORE)).append(value)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        line = _without_nan(line)
+        line = without_nan(line)
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, allow_nan=False) + "\n")
+            stream.write(to_json(line) + "\n")
         if self.also is not None:
             self.also(line)
 
@@ -138,15 +139,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
-
-
-def _without_nan(line: Mapping[str, Any]) -> dict[str, Any]:
-    """`line` with null in place of numbers that are none: JSON knows no NaN, and a failure is no number."""
-    found = {}
-    for key, value in line.items():
-        is_none = isinstance(value, float) and not math.isfinite(value)
-        found[key] = _without_nan(value) if isinstance(value, Mapping) else None if is_none else value
-    return found
 
 
 def _losses(table: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:

@@ -70,8 +70,9 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
         lines.append(f"- {split}: {', '.join(f'`{_last_part(source)}`' for source in sources)}{size}")
     batch = f"{run.batch.sequences} × {run.data.length} tokens"
     seen = f"{results['tokens']:,} tokens in {results['steps']:,} steps of {batch}"
+    skipped = f"; {results['skipped']:,} of the steps were skipped: a loss or gradient was not finite"
     passes = f", {results['passes']:.3g} passes over the text" if "passes" in results else ""
-    lines.append(f"- seen in training: {seen}{passes}")
+    lines.append(f"- seen in training: {seen}{passes}{skipped if results.get('skipped') else ''}")
     for part in (run.provenance or {}).get("changed", []):
         settings = ", ".join(f"`{key}` (was {was})" for key, was in part["was"].items())
         lines.append(f"- **changed on the way**, before step {part['from_step'] + 1}: {settings}")
@@ -81,11 +82,11 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
 def _results(run: Run, results: Mapping[str, Any], member: str) -> str:
     own, held_out, seed = results["members"][member], results["held_out"], results["seed"]
     perplexity = "too large" if own["perplexity"] is None else f"{own['perplexity']:.2f}"
-    rows = [("loss (nats)", f"{own['loss']:.4f}"), ("perplexity", perplexity)]
+    rows = [("loss (nats)", _loss(own)), ("perplexity", "no number" if own["loss"] is None else perplexity)]
     rows += [("accuracy (top 1)", f"{own['accuracy']:.2%}")]
     rows += [("unigram cross-entropy of the same tokens", f"{held_out['unigram_loss']:.4f}")]
     rows += [
-        (f"loss of `{name}`, the same model, {_by(other)}", f"{other['loss']:.4f}")
+        (f"loss of `{name}`, the same model, {_by(other)}", _loss(other))
         for name, other in results["members"].items()
         if member in (other["twin_of"],) or name == own["twin_of"]
     ]
@@ -95,6 +96,10 @@ def _results(run: Run, results: Mapping[str, Any], member: str) -> str:
         f"so without an error bar; products in {results['precision']}.\n\n| measure | value |\n|---|---|\n{table}\n\n"
         "Nothing else was measured: no downstream task, no bias and no safety evaluation.\n"
     )
+
+
+def _loss(member: Mapping[str, Any]) -> str:
+    return "no number" if member["loss"] is None else f"{member['loss']:.4f}"
 
 
 def _by(member: Mapping[str, Any]) -> str:

@@ -1,9 +1,8 @@
 """A run's folder: whether a run may use it, what has changed since it was made, and what is written when it ends."""
 
 import json
-import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
@@ -18,14 +17,24 @@ from codistill.config import Run
 from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
-from codistill.files import atomic_folder, locked, machine_error, remove_folder, remove_left, write_file
+from codistill.files import (
+    atomic_folder,
+    locked,
+    machine_error,
+    remove_folder,
+    remove_left,
+    to_json,
+    without_nan,
+    write_file,
+)
 from codistill.folders import LOCK, is_run_folder
 from codistill.loading import load, read_run, to_dict, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
+from codistill.watch import NonFiniteError
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
-DETERMINING = ("data", "tokenizer", "special_tokens", "members", "versions")
+DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "versions")
 _JOB = ".job"
 # What a run, its trackers, its report and a study's scores leave in its folder.
 _OWN = (
@@ -156,11 +165,13 @@ def changed(run: Run, out: Path | None, first: int) -> list[dict[str, Any]]:
 
 
 class Ending(NamedTuple):
-    """How a run ended: after which step, with which held-out scores, and where each member's loss was lowest."""
+    """How a run ended: after which step, with which held-out scores, where each member's loss was lowest, and how many
+    of the steps were skipped."""
 
     step: int
     scores: Mapping[str, Score]
     best: Mapping[str, Mapping[str, float]]
+    skipped: int
 
 
 def finish(run: Run, built: Built, out: Path, ending: Ending, seconds: float) -> None:
@@ -178,25 +189,43 @@ def _write_final(
     ending: Ending,
     seconds: float,
 ) -> None:
+    results = without_nan(_results(run, built, ending, seconds))
+    with atomic_folder(out / "members") as fresh:
+        for name, model in built.models.items():
+            model.save_pretrained(fresh / name, state_dict=parameters[name])
+            built.tokenizer.save_pretrained(fresh / name)
+            write_file(fresh / name / "README.md", model_card(run, results, name))
+    write_file(out / "results.json", to_json(results, indent=1))
+
+
+def check_losses(out: Path, members: Collection[str] | None = None) -> None:
+    """NonFiniteError where the finished run in `out` left some of its `members` (by default all) with a held-out loss
+    that is no number."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    found = results["members"]
+    broken = [name for name in found if found[name]["loss"] is None and (members is None or name in members)]
+    if broken:
+        raise NonFiniteError(
+            f"{out}: the held-out loss of {' and '.join(broken)} is no number after {results['steps']:,} steps; lower "
+            "`lr` or an edge's weight, or use precision: float32; the folder stays as it is"
+        )
+
+
+def _results(run: Run, built: Built, ending: Ending, seconds: float) -> dict[str, Any]:
     flops = _flops(run, built, ending.step)
-    results = {
+    return {
         "members": {name: _result(run, built, name, ending) | _cost(flops, name, seconds) for name in ending.scores},
         "held_out": {"unigram_loss": built.unigram, "rows": next(iter(ending.scores.values())).rows},
         "objective": run.objective.name,
         "steps": ending.step,
         "stopped_early": ending.step < run.steps,
+        "skipped": ending.skipped,
         "tokens": run.tokens_by(ending.step),
         "passes": round(run.tokens_by(ending.step) / (built.batches.num_rows * run.data.length), 4),
         "seconds": round(seconds, 1),
         "seed": run.seed,
         "precision": run.precision,
     }
-    with atomic_folder(out / "members") as fresh:
-        for name, model in built.models.items():
-            model.save_pretrained(fresh / name, state_dict=parameters[name])
-            built.tokenizer.save_pretrained(fresh / name)
-            write_file(fresh / name / "README.md", model_card(run, results, name))
-    write_file(out / "results.json", json.dumps(results, indent=1))
 
 
 def _flops(run: Run, built: Built, steps: int) -> dict[str, dict[str, int]]:
@@ -215,7 +244,7 @@ def _result(run: Run, built: Built, name: str, ending: Ending) -> dict[str, Any]
     score = ending.scores[name]
     return {
         "loss": score.loss,
-        "perplexity": score.perplexity if math.isfinite(score.perplexity) else None,
+        "perplexity": score.perplexity,
         "accuracy": score.accuracy,
         "parameters": built.cohort.members[name].predictor.num_parameters,
         "taught_by": list(dict.fromkeys(edge.teacher for edge in run.distillation if edge.student == name)),

@@ -172,7 +172,7 @@ def _loop(
     """How the run ended, or None if it was asked to stop."""
     ranks, done = built.cohort.ranks, first
     if _is_stale(run, ranks, log):
-        return Ending(done, score_members(built, run), log.best())
+        return Ending(done, score_members(built, run), log.best(), log.skipped_written)
     scores: dict[str, Score] = {}
     for done, micro_batches in enumerate(batches, start=first + 1):
         metrics = built.cohort.step(done - 1, [batch.to(built.cohort.device) for batch in micro_batches])
@@ -195,7 +195,7 @@ def _loop(
             return None
         if ends:
             break
-    return Ending(done, scores or score_members(built, run), log.best())
+    return Ending(done, scores or score_members(built, run), log.best(), log.skipped_written)
 
 
 def _is_stale(run: Run, ranks: Ranks, log: MetricsLog) -> bool:

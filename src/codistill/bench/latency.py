@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel
 from codistill.bench.measure import check_counts, interleaved, machine, place_of
 from codistill.errors import UserError
 from codistill.families import longest
+from codistill.files import to_json
 from codistill.folders import members_of
 from codistill.models import load_model
 
@@ -68,7 +69,7 @@ def bench_latency(
     Console().print(table(result))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        out.write_text(to_json(result, indent=1) + "\n")
     return result
 
 

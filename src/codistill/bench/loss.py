@@ -1,6 +1,5 @@
 """`codistill bench loss`: speed, memory and gradient error of the vocabulary loss, ours beside everybody's."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary
 from codistill.bench.providers import MEMBERS, PROVIDERS, Loss, Setting, random_setting
 from codistill.errors import UserError
+from codistill.files import to_json
 
 DIFFERENT = {False: 1e-3, True: 5e-2}  # a gradient further from float64 than this is not of the same loss
 APART = 0.03  # features that differ by so much make a KL near 1e-3
@@ -70,7 +70,7 @@ def bench_loss(
             console.print(f"not run: {row['provider']}: {row['reason']}", style="dim", highlight=False)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        out.write_text(to_json(result, indent=1) + "\n")
     return result
 
 

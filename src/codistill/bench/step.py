@@ -1,6 +1,5 @@
 """`codistill bench step`: a whole training step, ours beside the loops that people write."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
 from codistill.costs import member_flops
 from codistill.errors import UserError
+from codistill.files import to_json
 from codistill.loading import to_dict
 from codistill.machine import keep_freed_memory
 from codistill.objectives import Batch
@@ -104,7 +104,7 @@ def bench_step(
     _show(result)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        out.write_text(to_json(result, indent=1) + "\n")
     return result
 
 

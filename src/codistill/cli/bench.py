@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from codistill.cli.console import Settings, Source, bench, console, resolve
+from codistill.files import to_json
 
 Rows = Annotated[int, Parameter(help="Predicted rows.")]
 
@@ -54,7 +55,6 @@ def bench_data(
 
     Example: codistill bench data corpus/ --tokenizer vocab.txt
     """
-    import json
 
     from codistill.bench import bench_data as measure
 
@@ -64,7 +64,7 @@ def bench_data(
         console.print(f"{row['what']:<40} {row['cores']} core(s) {row['tokens_per_second']:>12,.0f} tokens/s  {ratio}")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(rows, indent=1) + "\n")
+        out.write_text(to_json(rows, indent=1) + "\n")
 
 
 @bench.command(name="step")

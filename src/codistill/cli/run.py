@@ -130,6 +130,7 @@ def _train(run: Run, folder: Path, **options: Any) -> None:
     view, wait = (live, shown) if speaks("RANK") else (quiet, quiet)
     with wait("loading", 1):
         from codistill import report
+        from codistill.run_folder import check_losses
         from codistill.train import Stopped
         from codistill.train import train as train_run
     try:
@@ -143,7 +144,10 @@ def _train(run: Run, folder: Path, **options: Any) -> None:
         return
     console.print(report.results_table(folder))
     picture = report.draw_curves(folder)
+    if skipped := report.skipped_steps(report.read_results(folder)):
+        console.print(skipped, markup=False)
     console.print(f"run folder: {folder}" + (f"\nlearning curves: {picture}" if picture else ""), markup=False)
+    check_losses(folder)
 
 
 def again(folder: Path, device: str | None) -> str:

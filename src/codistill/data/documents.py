@@ -5,6 +5,7 @@ A file of text is one document. Of .jsonl and .parquet every row is one, in the 
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -50,7 +51,8 @@ class Reading:
         except UnicodeDecodeError as error:
             if self.bad_utf8 != "replace":
                 what = f"broken UTF-8 at byte {start + error.start} ({raw[error.start : error.start + 4].hex(' ')})"
-                raise UserError(f"{place}: {what}; repair it, or allow replacing (--bad-utf8 replace)") from error
+                remedy = "repair it, or prepare the text with `codistill prepare --bad-utf8 replace`"
+                raise UserError(f"{place}: {what}; {remedy}") from error
         text = raw.decode("utf-8", "replace")
         self.counts["replaced_utf8"] += text.count("\ufffd") - raw.count(b"\xef\xbf\xbd")
         return text
@@ -106,6 +108,7 @@ def _jsonl(source: Source, reading: Reading) -> Iterator[Piece]:
         number = 0
         while line := file.readline(LONGEST_LINE + 1):
             number += 1
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             place = f"{source.name}, line {number}"
             if len(line) > LONGEST_LINE:
                 raise UserError(f"{place}: longer than {LONGEST_LINE >> 20} MiB; cut the document into several lines")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from codistill.errors import MachineError, UserError
 from codistill.export.onnx import compare, convert, quantise, size
-from codistill.files import atomic_folder
+from codistill.files import atomic_folder, to_json
 from codistill.folders import members_of
 from codistill.loading import load, read_run
 from codistill.model_card import model_card
@@ -35,7 +35,7 @@ def export_member(folder: Path, member: str, *, format: Format, out: Path, push:
         _check_installed()
     with atomic_folder(out) as fresh:
         facts = {"format": format, "member": member, **_WRITE[format](folder, source, fresh)}
-        (fresh / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (fresh / "export.json").write_text(to_json(facts, indent=1) + "\n")
         (fresh / "README.md").write_text(_card(folder, member) + _section(facts))
     if push:
         _upload(out, push)

@@ -76,7 +76,8 @@ def curves_figure(folder: Path) -> Any:
     axes.text(0.99, unigram, "unigram", transform=axes.get_yaxis_transform(), color="0.4", fontsize=8, ha="right")
     axes.set(xlabel="training tokens (millions)", ylabel=f"held-out {_kind(results)}-LM loss (nats)")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    if curves:
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -104,12 +105,21 @@ def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[st
 def scores_of(member: Mapping[str, Any]) -> list[str]:
     """A member's held-out loss, perplexity and accuracy as the cells of a table."""
     perplexity = "too large" if member["perplexity"] is None else f"{member['perplexity']:.1f}"
-    return [f"{member['loss']:.3f}", perplexity, f"{member['accuracy']:.1%}"]
+    losses = ["no number", ""] if member["loss"] is None else [f"{member['loss']:.3f}", perplexity]
+    return [*losses, f"{member['accuracy']:.1%}"]
+
+
+def skipped_steps(results: Mapping[str, Any]) -> str:
+    """How many steps of a run were skipped, as a sentence; nothing where none was."""
+    if not results.get("skipped"):
+        return ""
+    return f"{results['skipped']:,} of {results['steps']:,} steps were skipped: a loss or gradient was not finite."
 
 
 def versus(member: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
-    """A taught member's loss less its twin's, which nobody taught; empty without such a twin."""
-    return "" if twin is None else f"{member['loss'] - twin['loss']:+.3f}"
+    """A taught member's loss less its twin's, which nobody taught; empty without such a twin, or where one of the
+    losses is no number."""
+    return "" if twin is None or None in (member["loss"], twin["loss"]) else f"{member['loss'] - twin['loss']:+.3f}"
 
 
 def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
@@ -118,6 +128,6 @@ def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in read_metrics(folder / "metrics.jsonl"):
         for name, score in line.get("held_out", {}).items():
-            if not results["members"][name]["frozen"]:
+            if not results["members"][name]["frozen"] and score["loss"] is not None:
                 curves.setdefault(name, []).append((run.tokens_by(line["step"]) / 1e6, score["loss"]))
     return curves

@@ -8,7 +8,7 @@ from typing import Any
 from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
 from codistill.errors import UserError
 from codistill.loading import to_yaml
-from codistill.report.run import curves_figure, read_results, scores_of, untaught_twins, versus
+from codistill.report.run import curves_figure, read_results, scores_of, skipped_steps, untaught_twins, versus
 from codistill.study import Study
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
@@ -58,6 +58,7 @@ def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
     return [
         Heading(f"Run {name}"),
         Text(facts),
+        *([Text(skipped_steps(results), important=True)] if skipped_steps(results) else []),
         Table(head, rows, words=(1,)),
         *_picture(f"{name}-curves.svg", lambda: curves_figure(folder), f"Held-out loss of {name} along training."),
         Listing("the resolved configuration", (folder / "run.yaml").read_text(encoding="utf-8")),

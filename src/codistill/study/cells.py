@@ -5,12 +5,12 @@ OUT/models/KEY/ROLE   the models that other arms learn from or start from
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from codistill.errors import UserError
-from codistill.files import machine_error, write_file
+from codistill.files import machine_error, to_json, write_file
 from codistill.study.arms import FORMAT
 
 Cell = dict[str, Any]
@@ -31,15 +31,18 @@ class Cells:
         file = self.folder / f"{key}.json"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(file, json.dumps({"format": FORMAT, **cell}, indent=1) + "\n")
+            write_file(file, to_json({"format": FORMAT, **cell}, indent=1) + "\n")
         except OSError as error:
             raise machine_error(error, file) from error
 
-    def adopt(self, keys: Iterable[str], text: Mapping[str, str]) -> None:
-        """Copies the finished cells of these keys and of the same text from the studies beside this one."""
-        for key in keys:
+    def adopt(self, wanted: Mapping[str, Mapping[str, str]], text: Mapping[str, str]) -> None:
+        """Copies from the studies beside this one the finished cells of the keys `wanted` that are of the same text and
+        began from the same models from outside, whose content is given with the key."""
+        for key, outside in wanted.items():
             found = (_read(place / "cells" / f"{key}.json") for place in self._beside())
-            alike = next((c for c in found if c is not None and not c["failed"] and c["text"] == text), None)
+            alike = next(
+                (c for c in found if c is not None and not c["failed"] and _read_from(c) == (text, outside)), None
+            )
             if self.get(key) is None and alike is not None:
                 self.put(key, alike)
 
@@ -50,7 +53,7 @@ class Cells:
             return None
         for place in [self.out.resolve(), *self._beside()]:
             folder, cell = place / "models" / key / role, _read(place / "cells" / f"{key}.json")
-            if (folder / "config.json").is_file() and cell is not None and cell.get("text") == own["text"]:
+            if (folder / "config.json").is_file() and cell is not None and _read_from(cell) == _read_from(own):
                 return folder
         return None
 
@@ -70,6 +73,11 @@ def _read(file: Path) -> Cell | None:
             "remove it"
         )
     return cell
+
+
+def _read_from(cell: Cell) -> tuple[Any, Any]:
+    """What of what an arm read its key does not say: the text, and the models from outside."""
+    return cell.get("text"), cell.get("outside", {})
 
 
 def check_same_text(cells: Sequence[Cell]) -> None:

@@ -206,8 +206,8 @@ class _Execution:
             for arm in work.arms:
                 key = self.keys[arm.place]
                 kept = {role for place, role in self.kept if place == arm.place}
-                names = {role: member_names(work.group)[arm.name, role] for role in arm.run.trained}
-                cell = harvest(arm, key, names, work.folder, self.out / "models" / key, kept)
+                names = {role: member_names(work.group)[arm.name, role] for role in arm.run.members}
+                cell = harvest(arm, key, names, work.folder, self.out / "models" / key, kept, self._inherited(arm))
                 self.cells.put(key, with_scores(cell, self.cells.get(key)))
             self._finish(work)
         elif status == STOPPED:
@@ -224,6 +224,11 @@ class _Execution:
         else:
             self._fail(work, work.arms[0], _reason(work, status))
             self._finish(work)
+
+    def _inherited(self, arm: Arm) -> dict[str, str]:
+        """What the cells of the arms that it needs say of models from outside the study."""
+        cells = (self.cells.get(self.keys[arm.regime, name, arm.seed]) or {} for name in arm.needs)
+        return {name: content for cell in cells for name, content in cell.get("outside", {}).items()}
 
     def _finish(self, work: _Work) -> None:
         self.finished += work.units
@@ -252,7 +257,8 @@ class _Execution:
         left = len(self.waiting) + len(self.running)
         # Counted anew, for a cohort that is split has more to train, and what there is no memory for has none.
         total = self.finished + sum(work.units for work in [*self.waiting, *self.running])
-        self.advance(done, f"{left} cohorts left; now {names}" if names else "done", total)
+        now = f"; now {names}" if names else ""
+        self.advance(done, f"{left} cohort{'s' if left > 1 else ''} left{now}" if left else "done", total)
 
     def _stop(self) -> None:
         for work in self.running:

@@ -12,14 +12,24 @@ from codistill.loading import load, read_run
 from codistill.metrics import read_metrics
 from codistill.study.arms import Arm
 from codistill.study.cells import Cell
+from codistill.study.outside import recorded
 from codistill.study.scoring import BLIMP, GLUE
 
 AGREEMENT = "agreement.json"  # in a run's folder: arm → how often its two trained members agree
 
 
-def harvest(arm: Arm, key: str, names: Mapping[str, str], folder: Path, models: Path, kept: Collection[str]) -> Cell:
+def harvest(
+    arm: Arm,
+    key: str,
+    names: Mapping[str, str],
+    folder: Path,
+    models: Path,
+    kept: Collection[str],
+    inherited: Mapping[str, str],
+) -> Cell:
     """The cell of `arm` from the run in `folder`, of which it may be a part; `names`: role → member there. The models
-    of the roles `kept` are copied to `models`/ROLE."""
+    of the roles `kept` are copied to `models`/ROLE. `inherited`: what the cells of the arms that it needs say of models
+    from outside."""
     results = json.loads((folder / "results.json").read_text())
     facts = load(read_run(folder / "run.yaml")).provenance or {}
     for role in kept:
@@ -28,6 +38,7 @@ def harvest(arm: Arm, key: str, names: Mapping[str, str], folder: Path, models: 
     return {
         **_named(arm, key, ""),
         "text": {split: of["identity"] for split, of in facts["data"].items()},
+        "outside": {**recorded(arm, names, facts), **inherited},
         "unigram_loss": results["held_out"]["unigram_loss"],
         **{name: results[name] for name in ("steps", "tokens", "passes", "precision")},
         "machine": facts["machine"],
@@ -63,7 +74,7 @@ def _curve(folder: Path, name: str, tokens_per_step: float) -> list[tuple[int, f
     """(tokens, held-out loss) along training."""
     lines = (line for line in read_metrics(folder / "metrics.jsonl") if "held_out" in line)
     points = {round(line["step"] * tokens_per_step): line["held_out"][name]["loss"] for line in lines}
-    return sorted(points.items())
+    return sorted((tokens, loss) for tokens, loss in points.items() if loss is not None)
 
 
 def _blimp(folder: Path, name: str) -> dict[str, Any] | None:

@@ -84,10 +84,20 @@ def _by_name(warnings: Sequence[Mapping[str, Any]]) -> dict[tuple[str, bool], li
 
 def _how_far(name: str, overfits: bool, found: Sequence[Mapping[str, Any]]) -> str:
     seeds = f"seed{'s' if len(found) > 1 else ''} {', '.join(str(of['seed']) for of in found)}"
-    below, best = (_span(sorted(of[what] for of in found), ".2f") for what in ("below", "best"))
+    (end, where), (best, there) = (_from_unigram([of[what] for of in found]) for what in ("below", "best"))
     if overfits:
-        return f"Overfits: {name}, {seeds}, ended {below} nats below the unigram, and was {best} below at its best."
-    return f"On the plateau: {name}, {seeds}, ended only {below} nats below the unigram."
+        return f"Overfits: {name}, {seeds}, ended {end} nats {where} the unigram, and was {best} {there} at its best."
+    only = "only " if where == "below" else ""
+    return f"On the plateau: {name}, {seeds}, ended {only}{end} nats {where} the unigram."
+
+
+def _from_unigram(below: Sequence[float]) -> tuple[str, str]:
+    """How many nats, and whether below the unigram or above it."""
+    if max(below) < 0:
+        return _span(sorted(-value for value in below), ".2f"), "above"
+    if min(below) < 0:
+        return f"{-min(below):.2f} nats above to {max(below):.2f}", "below"
+    return _span(sorted(below), ".2f"), "below"
 
 
 def contrasts_table(of: Mapping[str, Any]) -> Table:

@@ -1,7 +1,7 @@
 """A study from its name to its table: what is known, what is left to do, and the files that come of it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from codistill.config import Data
 from codistill.data.corpus import Corpus
 from codistill.distributed import start
 from codistill.errors import MachineError, UserError
-from codistill.files import locked, machine_error, write_file
+from codistill.files import locked, machine_error, to_json, write_file
 from codistill.progress import Advance, preparing, silent
 from codistill.study.analysis import analysis
 from codistill.study.arms import Arm, keys_of
@@ -19,6 +19,7 @@ from codistill.study.cells import Cell, Cells, check_same_text
 from codistill.study.design import Study
 from codistill.study.execute import Means, cores, execute, is_whole, missing
 from codistill.study.figure import draw
+from codistill.study.outside import check_same_models, content_now, outside_of, own_models
 from codistill.study.page import study_blocks
 from codistill.study.scales import Scale
 from codistill.study.scoring import Scoring, found_in
@@ -68,20 +69,35 @@ def run_study(
 
 def _train(request: Request, given: Means, advance: Advance) -> list[str]:
     """Everything that is missing; what there was no memory for. UserError where another study is at work in the folder,
-    or what is there is of other text."""
-    arms, cells = request.arms, Cells(request.out)
+    or what is there is of other text or models."""
+    arms = request.arms
     data = arms[0].run.data
     text = text_of(replace(data, train=given.data.train, validation=given.data.validation), data.tokenizer or "")
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         with locked(request.out / ".lock", wait=False):
-            cells.adopt(keys_of(arms).values(), text)
             check_same_text([{"arm": "--data", "failed": "", "text": text}, *known_cells(request)])
+            _adopt(request, given, text)
             return execute(arms, request.out, given, advance)
     except BlockingIOError:
         raise UserError(f"--out {request.out}: another `codistill study` is at work there; wait for it") from None
     except OSError as error:
         raise machine_error(error, request.out) from error
+
+
+def _adopt(request: Request, given: Means, text: Mapping[str, str]) -> None:
+    """Takes over what studies beside this one have of what is missing. UserError where models from outside that it
+    begins from are not those of the cells that are there, or are nowhere."""
+    arms, cells = request.arms, Cells(request.out)
+    outside, keys = outside_of(arms), keys_of(arms)
+    left = missing_cells(arms, cells, given.scoring.tasks)
+    now = content_now(
+        {name: path for arm in left for name, path in outside[arm.place].items()},
+        [name for arm in left for name in own_models(arm)],
+    )
+    check_same_models(known_cells(request), now)
+    wanted = {keys[arm.place]: {name: now.get(name, "") for name in outside[arm.place]} for arm in left}
+    cells.adopt(wanted, text)
 
 
 def text_of(data: Data, tokenizer: str) -> dict[str, str]:
@@ -150,7 +166,7 @@ def tabulate(request: Request) -> dict[str, Any]:
     found = summary(request, cells)
     try:
         request.out.mkdir(parents=True, exist_ok=True)
-        write_file(request.out / "results.json", json.dumps(found, indent=1) + "\n")
+        write_file(request.out / "results.json", to_json(found, indent=1) + "\n")
         write_file(request.out / "table.md", table := to_markdown(study_blocks(found)))
         _put_into_page(request.out / "README.md", table)
         draw(request.study, found, cells, request.out / "figure.png")
@@ -169,18 +185,28 @@ def _put_into_page(page: Path, table: str) -> None:
 
 
 def summary(request: Request, cells: Sequence[Cell]) -> dict[str, Any]:
-    """What the cells say; UserError where they are of different text."""
+    """What the cells say; UserError where they are of different text or models."""
     check_same_text(cells)
+    check_same_models(cells)
     return analysis(request.study, request.scale.name, len(request.arms), cells)
 
 
 def known_cells(request: Request) -> list[Cell]:
     """The cells of the study's arms that are there, in the study's order."""
     arms, cells = request.arms, Cells(request.out)
-    keys = keys_of(arms)
+    keys, outside = keys_of(arms), outside_of(arms)
     # Named as this study names them: another one's cell of the same content may have other names.
     found = [(arm, cells.get(keys[arm.place])) for arm in arms]
-    return [cell | {"arm": arm.name, "regime": arm.regime} for arm, cell in found if cell is not None]
+    return [
+        cell | {"arm": arm.name, "regime": arm.regime, "outside": _said_of(outside[arm.place], cell)}
+        for arm, cell in found
+        if cell is not None
+    ]
+
+
+def _said_of(outside: Iterable[str], cell: Cell) -> dict[str, str | None]:
+    """What a cell says of the models from outside; None where it is from before that was recorded."""
+    return {name: cell.get("outside", {}).get(name) for name in outside}
 
 
 def made_in(folder: Path, study: Study, scale: Scale, arms: int) -> tuple[Request, list[Cell]]:

@@ -40,8 +40,10 @@ def is_scored(member: Mapping[str, Any], tasks: tuple[str, ...]) -> bool:
 
 
 def with_scores(cell: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`cell` with the scores that a `known` one of the same arm and text has and it has not."""
+    """`cell` with the scores that a `known` one of the same arm, text and models has and it has not."""
     if known is None or known["failed"] or known["text"] != cell["text"]:
+        return cell
+    if known.get("outside", {}) != cell.get("outside", {}):
         return cell
     members = {
         role: member | {"blimp": member["blimp"] or old["blimp"], "glue": old.get("glue", {}) | member["glue"]}

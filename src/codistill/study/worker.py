@@ -14,9 +14,10 @@ from typing import Any
 from codistill.config import Run
 from codistill.errors import MachineError, UserError
 from codistill.evaluate.run import evaluate
-from codistill.files import locked, write_file
+from codistill.files import locked, to_json, write_file
 from codistill.loading import load, read_run
 from codistill.machine import is_out_of_memory
+from codistill.run_folder import check_losses
 from codistill.study.harvest import AGREEMENT
 from codistill.study.scoring import BLIMP
 from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE, STOPPED
@@ -34,6 +35,7 @@ def work(request: dict[str, Any]) -> None:
     out = Path(request["out"])
     if not _has_all(out, request["members"]):
         _train(load(read_run(Path(request["run"]))), out, request["device"])
+    check_losses(out, request["members"])
     scores = out / "scores"
     score = partial(evaluate, out=scores, data=request["data"], limit=request["pairs"], device=request["device"])
     if BLIMP in request["tasks"]:
@@ -41,7 +43,7 @@ def work(request: dict[str, Any]) -> None:
         for arm, members in request["peers"].items():
             both = score([str(out / "members" / member) for member in members], [BLIMP])
             agreement[arm] = both["comparisons"]["agreement"][BLIMP][f"{out.name}/{members[1]}"]
-        write_file(out / AGREEMENT, json.dumps(agreement))
+        write_file(out / AGREEMENT, to_json(agreement))
     if request["tasks"]:  # last, for its results.json stays; what is known is not computed again
         score([str(out / "members" / member) for member in request["members"]], request["tasks"])
 
