@@ -22,17 +22,10 @@ from codistill.edges import Distillation
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.families.supported import check_documents, check_objective
-from codistill.initial import initialise
+from codistill.initial import initialise, new_member
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
-from codistill.models import (
-    Predictor,
-    check_documents_apart,
-    load_model,
-    load_own_tokenizer,
-    new_model,
-    train_all_tokens,
-)
+from codistill.models import Predictor, check_documents_apart, load_model, load_own_tokenizer, train_all_tokens
 from codistill.objectives import Batch
 from codistill.provenance import pre_trained, provenance
 from codistill.scores import unigram_cross_entropy
@@ -148,21 +141,13 @@ def _model(
     batches: Batches,
     device: torch.device,
 ) -> PreTrainedModel:
-    config = run.members[name].model
-    if config is None:
+    if run.members[name].model is None:
         _check_fits(run, name, loaded[name], vocabulary_size(tokenizer))
         model = loaded[name]
-        train_all_tokens(model, tokenizer)
     else:
-        model = new_model(
-            config,
-            vocabulary=vocabulary_size(tokenizer),
-            length=run.data.length,
-            tokenizer=tokenizer,
-            seed=run.seed,
-            name=run.seed_name(name),
-        )
+        model = new_member(run, name, vocabulary_size(tokenizer), tokenizer)
         initialise(model, run, name, batches)
+    train_all_tokens(model, tokenizer)
     if run.data.within_documents:
         check_documents(model.config.model_type, f"members.{name}")
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))

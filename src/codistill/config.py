@@ -74,8 +74,9 @@ class Data:
 class ModelConfig:
     """An architecture to initialise at random; its vocabulary is the tokenizer's.
 
-    `heads` None: width / 64. `key_value_heads` None: as many. `feed_forward` None: 1.5 · width (gated) for ModernBERT,
-    4 · width for the other masked families and GPT-2, 3 · width (gated) for the other causal ones.
+    `heads` None: width / 64. `key_value_heads` None: as many, or with `init` as many for each head as in its source.
+    `feed_forward` None: 1.5 · width (gated) for ModernBERT, 4 · width for the other masked families and GPT-2,
+    3 · width (gated) for the other causal ones.
     """
 
     family: Family = "modernbert"
@@ -93,7 +94,8 @@ class InitConfig:
 
     `from`: a model folder, as a finished run's members/NAME or a checkpoint's NAME. `depth` and `width` are methods of
     `codistill.remap`; `depth` may be a list of source layers instead, counted from 0. `learned`: steps of LiGO on the
-    run's own text, which begin from `depth` and find the widths themselves.
+    run's own text, which begin from `depth` and find the widths themselves. What `model` has no setting for is the
+    source's: rotary positions, norm epsilons, activation, vocabulary.
     """
 
     from_: str

@@ -11,14 +11,79 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from codistill.config import Run
+from codistill.config import InitConfig, ModelConfig, Run
 from codistill.data.batches import Batches
-from codistill.families.supported import check_finite
-from codistill.models import Predictor, load_model
-from codistill.remap import initial_state, learn_growth, read_config
+from codistill.errors import UserError
+from codistill.families import FAMILIES
+from codistill.families.supported import check_finite, check_full_precision
+from codistill.models import Predictor, load_model, new_model
+from codistill.remap import grown_config, initial_state, learn_growth, read_config, takes_any_length
 from codistill.seeds import seed_of
+
+
+def new_member(
+    run: Run, name: str, vocabulary: int, tokenizer: PreTrainedTokenizerFast | None = None
+) -> PreTrainedModel:
+    """The new member `name` of `run` with random parameters, on the current default device.
+
+    Its configuration is its family's with the sizes of its `model`, or with `init` that of the source with these sizes
+    (docs/remap.md). Raises `UserError` for a source that cannot be what this member starts from.
+    """
+    member = run.members[name]
+    assert isinstance(member.model, ModelConfig), "a member with a path is loaded"
+    given = None
+    if member.init is not None:
+        given = _from_source(member.model, member.init, f"members.{name}", vocabulary, run.data.length)
+    return new_model(
+        member.model,
+        vocabulary=vocabulary,
+        length=run.data.length,
+        tokenizer=tokenizer,
+        seed=run.seed,
+        name=run.seed_name(name),
+        given=given,
+    )
+
+
+def _from_source(model: ModelConfig, init: InitConfig, field: str, vocabulary: int, length: int) -> PreTrainedConfig:
+    """The configuration of a member that starts from `init`."""
+    source = read_config(Path(init.from_))
+    said = f"{field}.init.from: {init.from_!r}"
+    check_full_precision(source, init.from_, f"{field}.init.from")
+    if source.model_type != model.family:
+        raise UserError(
+            f"{said} is a {source.model_type}, and {field}.model.family is {model.family}: a model starts from one of "
+            f"its own family, so set family: {source.model_type} or choose another source"
+        )
+    if source.vocab_size < vocabulary:
+        raise UserError(
+            f"{said} knows {source.vocab_size} tokens, the tokenizer {vocabulary}; name the tokenizer that it was "
+            "trained with in data.tokenizer"
+        )
+    sizes = FAMILIES[model.family].configure(model, length)
+    # Of LiGO, which mixes all layers, `depth` is where it begins.
+    depth = init.depth or ("stack" if init.learned else None)
+    try:
+        config = grown_config(source, sizes, depth=depth, key_value_heads=model.key_value_heads)
+    except UserError as error:
+        raise UserError(f"{field}.init: {error}") from None
+    _make_room(config, said, length)
+    return config
+
+
+def _make_room(config: PreTrainedConfig, said: str, length: int) -> None:
+    """Lets `config` take sequences of `length` tokens where that changes nothing else; UserError where it would."""
+    counts_from_padding = FAMILIES[config.model_type].counts_from_padding
+    positions = config.max_position_embeddings - (config.pad_token_id + 1 if counts_from_padding else 0)
+    if positions >= length:
+        return
+    if not takes_any_length(config):
+        raise UserError(
+            f"data.length: {length} is more than the {positions} positions of {said}; give at most {positions}"
+        )
+    config.max_position_embeddings = length
 
 
 def initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) -> None:

@@ -198,17 +198,21 @@ def new_model(
     tokenizer: PreTrainedTokenizerFast | None,
     seed: int,
     name: str,
+    given: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """A model of `config` with parameters that depend on (seed, name) only: not on the rest of the cohort.
 
-    `length`: the longest sequence in tokens that it must take. Built on the current default device.
+    `length`: the longest sequence in tokens that it must take. `given`: the Hugging Face configuration to take instead,
+    which lacks at most special tokens. Built on the current default device.
     """
     family = FAMILIES[config.family]
-    hugging_face_config = family.configure(config, max(length, 512))
-    hugging_face_config.vocab_size = vocabulary
+    hugging_face_config = given or family.configure(config, max(length, 512))
+    if given is None:
+        hugging_face_config.vocab_size = vocabulary
     for token, number in _special_tokens(tokenizer, family).items():
-        setattr(hugging_face_config, f"{token}_token_id", number)
-    if family.counts_from_padding:
+        if given is None or getattr(given, f"{token}_token_id", None) is None:
+            setattr(hugging_face_config, f"{token}_token_id", number)
+    if given is None and family.counts_from_padding:
         if hugging_face_config.pad_token_id is None and tokenizer is not None:
             raise UserError(
                 f"members.{name}.model.family: {config.family} counts positions from its padding token, and the "

@@ -16,10 +16,11 @@ from codistill.config import Run
 from codistill.costs import forward_cost, member_flops
 from codistill.data.corpus import read_manifest
 from codistill.data.tokenizers import load_tokenizer, parse_training_spec, vocabulary_size
+from codistill.initial import new_member
 from codistill.kernels.chunked import buffer_bytes, rows_per_chunk
 from codistill.kernels.rows import scratch_bytes
 from codistill.member import Member
-from codistill.models import Predictor, load_model, new_model
+from codistill.models import Predictor, load_model
 from codistill.objectives import Batch
 from codistill.texts import tokenizer_spec
 
@@ -205,9 +206,7 @@ def model_of(run: Run, name: str, vocabulary: int) -> PreTrainedModel:
             str(member.path), field, objective=run.objective.name, trust_remote_code=member.trust_remote_code
         )
     with torch.device("meta"):
-        return new_model(
-            member.model, vocabulary=vocabulary, length=run.data.length, tokenizer=None, seed=run.seed, name=name
-        )
+        return new_member(run, name, vocabulary, None)
 
 
 def why_not_try(memory: Mapping[str, int], needed: int, flops_a_step: float, device: torch.device) -> str:

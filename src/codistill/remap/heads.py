@@ -104,7 +104,7 @@ def rotary_ratio(narrow: Any, wide: Any, narrow_width: int, wide_width: int) -> 
     """
     if narrow_width == wide_width:
         return 1
-    ratios = {_ratio(a, narrow_width, b, wide_width) for a, b in zip(_ropes(narrow), _ropes(wide), strict=True)}
+    ratios = {_ratio(a, narrow_width, b, wide_width) for a, b in zip(ropes(narrow), ropes(wide), strict=True)}
     if len(ratios) == 1 and (ratio := ratios.pop()):
         return ratio
     raise UserError(
@@ -113,7 +113,8 @@ def rotary_ratio(narrow: Any, wide: Any, narrow_width: int, wide_width: int) -> 
     )
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """What a configuration says of its rotary positions, for each kind of layer that has its own."""
     rope = config.rope_parameters
     return [rope] if "rope_theta" in rope else [rope[kind] for kind in sorted(rope)]
 
