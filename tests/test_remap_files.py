@@ -2,6 +2,8 @@
 
 import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,26 @@ def test_sources_that_are_no_model(tmp_path):
     (tmp_path / "small" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json: not a JSON configuration"):
         initial_state(tmp_path / "small", config_of("bert"))
+
+
+def test_a_folder_that_is_not_there_is_said_before_the_libraries_are_loaded(tmp_path):
+    """Loading them takes seconds."""
+    (tmp_path / "config.json").write_text("{}")
+    script = (
+        "import sys\n"
+        "from codistill.cli.make import remap\n"
+        "from codistill.errors import UserError\n"
+        "from pathlib import Path\n"
+        "source, to, out = map(Path, sys.argv[1:])\n"
+        "try:\n"
+        "    remap(source, to=to, out=out)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    here, nowhere = str(tmp_path), str(tmp_path / "nowhere")
+    for paths in ((here, nowhere), (nowhere, here)):
+        call = [sys.executable, "-c", script, *paths, str(tmp_path / "out")]
+        said = subprocess.run(call, capture_output=True, text=True, check=False)
+        assert said.returncode == 0, said.stderr
+        assert said.stdout.startswith(f"{nowhere}: no such file; wanted a folder")

@@ -1,4 +1,4 @@
-"""What of a run's folder others ask for: whether it is one, and the models in it."""
+"""What is asked of a folder before anything is loaded: whether a run is in it, and the models of it."""
 
 from pathlib import Path
 
@@ -20,3 +20,11 @@ def members_of(folder: Path) -> dict[str, Path]:
         state = "is not finished; codistill train --resume goes on with it" if is_begun else "holds no run"
         raise UserError(f"{folder} {state}; give the folder of a finished run")
     return {place.name: place for place in places}
+
+
+def config_file(path: Path) -> Path:
+    """The Hugging Face configuration that `path` is, or that is in the folder `path`; UserError where there is none."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"{file}: no such file; wanted a folder of a Hugging Face model, or its config.json")
+    return file

@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from codistill.cli.console import app, console
 from codistill.errors import UserError
+from codistill.folders import config_file
 
 
 @app.command
@@ -68,6 +69,8 @@ def remap(
 
     Example: codistill remap runs/small/members/large --to bigger/config.json --depth stack --out grown
     """
+    for path in (source, to):
+        config_file(path)  # before the libraries are loaded, which takes a while
     from codistill.remap import remap_folder
 
     remap_folder(source, to, out=out, depth=_layers(depth), width=width, noise=noise, seed=seed)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from codistill.errors import UserError
 from codistill.files import atomic_folder
+from codistill.folders import config_file
 from codistill.remap.families import ARCHITECTURES, describe
 from codistill.remap.source import Fetch, fetcher
 from codistill.remap.states import Depth, remapped, with_tied
@@ -75,7 +76,7 @@ def initial_state(
 def read_config(given: Path | str | Mapping[str, Any] | Any) -> Any:
     """A Hugging Face configuration from itself, its dictionary, its JSON file, or a folder with a `config.json`."""
     if isinstance(given, str | Path):
-        given = _read_json(Path(given))
+        given = _read_json(config_file(Path(given)))
     if not isinstance(given, Mapping):
         return given
     family = given.get("model_type")
@@ -90,12 +91,9 @@ def read_config(given: Path | str | Mapping[str, Any] | Any) -> Any:
         raise UserError(f"the {family} configuration is not valid: {' '.join(str(error).split())}") from None
 
 
-def _read_json(path: Path) -> Any:
-    file = path / "config.json" if path.is_dir() else path
+def _read_json(file: Path) -> Any:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; wanted a folder of a Hugging Face model, or its config.json") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{file}: not a JSON configuration ({error})") from None
     if not isinstance(content, dict):
