@@ -9,7 +9,8 @@ import pytest
 import codistill
 from codistill.cli import main
 from codistill.cli.run import again
-from codistill.loading import load, parse_yaml
+from codistill.files import locked
+from codistill.loading import load, parse_yaml, to_yaml
 from codistill.recipes import RECIPES, find
 
 ROOT = Path(__file__).parents[1]
@@ -93,6 +94,38 @@ def test_answers_that_need_no_torch_import_none(arguments):
     subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, env={"PYTHONPATH": str(ROOT / "src")}
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "data.train=[nothere.txt]"], "source nothere.txt: no such file, folder or glob"),
+        (["--set", "data.validation=[nothere.txt]"], "source nothere.txt: no such file, folder or glob"),
+        (["--out", "a-file"], "a-file exists and is no run folder"),
+        (["--out", "foreign"], "foreign exists and is no run folder"),
+        (["--out", "foreign", "--resume"], "foreign exists and is no run folder"),
+        (["--out", "begun"], "begun holds an unfinished run"),
+        (["--out", "begun", "--resume"], "begun: another process trains there"),
+    ],
+)
+def test_what_can_be_refused_without_torch_is(arguments, message, tmp_path):
+    (tmp_path / "a-file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "run.yaml").write_text(to_yaml(find("quickstart")))
+    program = (
+        "import sys; from codistill.cli import main\n"
+        f"try: main(['train', 'quickstart', *{arguments!r}])\nexcept SystemExit as end: assert end.code == 2\n"
+        "assert not {'torch', 'transformers', 'numpy', 'pyarrow'} & set(sys.modules), sorted(sys.modules)"
+    )
+    with locked(tmp_path / "begun" / ".lock"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            check=True, capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT / "src")},
+        )  # fmt: skip
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_generated_help_is_current():

@@ -579,6 +579,20 @@ def test_two_studies_in_one_folder_are_refused(data, tmp_path):
         run_study(request(tmp_path / "out"), data=data)
 
 
+def test_a_study_at_work_is_told_of_before_another_is_planned(tmp_path, monkeypatch, capsys):
+    example, out = str(Path(__file__).parents[1] / "examples" / "own_study.py"), tmp_path / "out"
+    out.mkdir()
+    monkeypatch.setattr("codistill.study.plan.plan_lines", lambda *_: ["what is planned"])
+    with locked(out / ".lock"):
+        with pytest.raises(SystemExit) as ended:
+            main(["study", example, "--out", str(out)])
+        said = capsys.readouterr()
+        assert (ended.value.code, said.out) == (2, "")
+        assert "another `codistill study` is at work there" in said.err
+        main(["study", example, "--out", str(out), "--plan"])  # which changes nothing there
+    assert capsys.readouterr().out == "what is planned\n"
+
+
 def test_cells_of_other_text_are_refused_before_anything_is_trained(finished, text, tmp_path):
     out = tmp_path / "toy"
     shutil.copytree(finished / "cells", out / "cells")

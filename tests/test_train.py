@@ -212,7 +212,7 @@ def test_final_members_load_with_transformers_and_give_the_same_logits(family, t
     torch.testing.assert_close(logits.flatten(0, 1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_second_process_in_a_folder_is_refused(text, tmp_path):
+def test_a_second_process_in_a_folder_is_refused(text, tmp_path, capsys):
     """Whoever trains there holds a lock, which goes with its process."""
     run, out = small_run("standalone", text, "steps=2"), tmp_path / "run"
     train(run, out)
@@ -224,6 +224,7 @@ def test_a_second_process_in_a_folder_is_refused(text, tmp_path):
         holder.stdout.readline()
         for how in ("resume", "fresh"):
             refused("another process trains there", run, out, **{how: True})
+        assert "resuming" not in capsys.readouterr().err
     finally:
         holder.communicate(b"")
     train(run, out, fresh=True)

@@ -94,6 +94,18 @@ def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
+def is_locked(file: Path) -> bool:
+    """Whether another process is inside `locked` with `file` at this moment."""
+    try:
+        with file.open("rb") as held:
+            take_lock(held.fileno(), wait=False)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or whoever writes there will say what is wrong
+        return False
+    return False
+
+
 def take_lock(descriptor: int, *, wait: bool) -> None:
     """Locks an open file or folder against other processes until it is closed; raises BlockingIOError as `locked` does.
 

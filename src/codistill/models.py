@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import (
     CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -33,7 +31,6 @@ from codistill.families import (
     FAMILIES,
     Family,
     Parts,
-    bend,
     family_of,
     first_position,
     is_causal,
@@ -42,7 +39,14 @@ from codistill.families import (
     split,
 )
 from codistill.families.ahead import check_sight, looks_ahead
-from codistill.families.supported import check_finite, check_folder, check_full_precision, check_model, check_objective
+from codistill.families.supported import (
+    check_finite,
+    check_folder,
+    check_full_precision,
+    check_model,
+    check_objective,
+    check_supported,
+)
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -50,8 +54,8 @@ transformers_logging.disable_progress_bar()
 
 Objective = Literal["mlm", "clm"]
 _KINDS = {
-    "mlm": (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING, "masked"),
-    "clm": (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING, "causal"),
+    "mlm": (AutoModelForMaskedLM, "masked"),
+    "clm": (AutoModelForCausalLM, "causal"),
 }
 
 
@@ -260,7 +264,7 @@ def load_model(
         check_objective(config.model_type, objective, f"{field}: {path!r}")
     family = family_of(config)
     objective = family.objective if family is not None else objective or "mlm"
-    _check_supported(config, objective, path, field, trust_remote_code)
+    check_supported(config, objective, path, field, trusted=trust_remote_code)
     model = _load_weights(path, field, config, objective, trust_remote_code, needs_head)
     check_finite(model, f"{field}: {path!r}")
     try:
@@ -302,23 +306,10 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -
     return ids
 
 
-def _check_supported(config: PreTrainedConfig, objective: Objective, path: str, field: str, trusted: bool) -> None:
-    """UserError where the logits are no linear function of features, or the family has no such model."""
-    bent = bend(config)
-    if bent is not None:
-        raise UserError(f"{field}: {path!r} sets {bent}; models that cap or scale their logits are not supported")
-    code = getattr(config, "auto_map", {}) if trusted else {}
-    auto, mapping, _ = _KINDS[objective]
-    if type(config) not in mapping and auto.__name__ not in code:
-        raise UserError(
-            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(FAMILIES)}"
-        )
-
-
 def _load_weights(
     path: str, field: str, config: PreTrainedConfig, objective: Objective, trust_remote_code: bool, needs_head: bool
 ) -> PreTrainedModel:
-    auto, _, kind = _KINDS[objective]
+    auto, kind = _KINDS[objective]
     load = partial(
         auto.from_pretrained,
         path,

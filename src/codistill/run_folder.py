@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from codistill.build import Built
 from codistill.checkpoint import distinct, gathered
+from codistill.claim import JOB, differing, in_use
 from codistill.config import Run
 from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
@@ -27,62 +27,14 @@ from codistill.files import (
     without_nan,
     write_file,
 )
-from codistill.folders import LOCK, is_run_folder
-from codistill.loading import load, read_run, to_dict, to_yaml
+from codistill.folders import LOCK
+from codistill.loading import load, read_run, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
 from codistill.watch import NonFiniteError
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
 DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "versions")
-_JOB = ".job"
-# What a run, its trackers, its report and a study's scores leave in its folder.
-_OWN = (
-    *("run.yaml", "run.before-*.yaml", _JOB, LOCK, ".*.partial", ".*.removed"),
-    *("metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
-    *("tensorboard", "wandb", ".wandb", ".trackio", ".mlflow", "scores", "agreement.json"),
-)
-
-
-def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_changes: bool = False) -> None:
-    """Raises UserError unless `run` may go to `out`: an empty place, its own unfinished run, or one to replace."""
-    if not out.exists() or _is_hardly_begun(out):
-        if resume:
-            raise UserError(f"{out} holds no run to resume; leave out --resume to start one")
-        return
-    if not (out / "run.yaml").is_file():
-        raise UserError(f"{out} exists and is no run folder (it has no run.yaml); give another --out")
-    if fresh:
-        return _check_own(out)
-    if not resume:
-        state = "a finished" if (out / "results.json").exists() else "an unfinished"
-        raise UserError(f"{out} holds {state} run; --resume continues it, --fresh replaces it, --out goes elsewhere")
-    changes = _differing(load(read_run(out / "run.yaml")), run)
-    if changes and not accept_changes:
-        key, (was, now) = next(iter(changes.items()))
-        raise UserError(
-            f"{out} holds another run: {key} was {was!r} and is now {now!r}; resume it as it is with "
-            f"`codistill train {out / 'run.yaml'} --resume`, go on with the change with "
-            "--accept-changes, or give another --out"
-        )
-
-
-def _is_hardly_begun(out: Path) -> bool:
-    """Whether `out` is empty, or holds what a process left that was killed while it made the folder."""
-    left = (".run.yaml.*.partial", LOCK)
-    return out.is_dir() and all(any(place.match(name) for name in left) for place in out.iterdir())
-
-
-def _check_own(out: Path) -> None:
-    """UserError unless a run was begun in `out` and nothing else lies there: all of it is about to be deleted."""
-    if not is_run_folder(out):
-        raise UserError(f"{out}: no run was begun there, so --fresh does not delete it; give another --out")
-    strangers = sorted(place.name for place in out.iterdir() if not any(place.match(own) for own in _OWN))
-    if strangers:
-        raise UserError(
-            f"{out} holds more than a run ({', '.join(strangers[:3])}), and --fresh would delete that too; "
-            "move it away, or give another --out"
-        )
 
 
 def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resume: bool, accept_changes: bool) -> None:
@@ -123,16 +75,16 @@ def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: boo
         # First of all, so that whatever is killed from here on leaves a folder that can be resumed.
         write_file(file, text)
         (out / "checkpoints").mkdir(exist_ok=True)
-        (out / _JOB).write_text(job())
+        (out / JOB).write_text(job())
     except BlockingIOError:
-        raise UserError(f"{out}: another process trains there; wait for it, or give another --out") from None
+        raise in_use(out) from None
     except OSError as error:
         raise machine_error(error, out) from error
 
 
 def is_of_this_job(out: Path) -> bool:
     """Whether the run in `out` was begun or resumed by the very job that this process is part of."""
-    return (out / _JOB).is_file() and (out / "run.yaml").is_file() and (out / _JOB).read_text() == job()
+    return (out / JOB).is_file() and (out / "run.yaml").is_file() and (out / JOB).read_text() == job()
 
 
 def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, Any]]:
@@ -158,10 +110,10 @@ def changed(run: Run, out: Path | None, first: int) -> list[dict[str, Any]]:
     if out is None:
         return []
     old = load(read_run(out / "run.yaml"))
-    differing = {key: was for key, (was, _) in _differing(old, run).items()}
+    were = {key: was for key, (was, _) in differing(old, run).items()}
     # A run that goes on from before a change computes what came after it anew, with the settings of now.
     past = [part | {"from_step": min(part["from_step"], first)} for part in (old.provenance or {}).get("changed", [])]
-    return [*past, {"from_step": first, "was": differing}] if differing and first else past
+    return [*past, {"from_step": first, "was": were}] if were and first else past
 
 
 class Ending(NamedTuple):
@@ -254,29 +206,9 @@ def _result(run: Run, built: Built, name: str, ending: Ending) -> dict[str, Any]
     }
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """What a run's numbers are made of."""
-    return to_dict(replace(run, provenance=None, distributed="auto", track=[]))
-
-
-def _differing(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
-    """Every setting that is not the same in both, as it was and as it is; None where there is none."""
-    was, now = (_flat(_settings(run)) for run in (old, new))
-    keys = sorted(was.keys() | now.keys())
-    return {key: (was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)}
-
-
 def _difference(was: Any, now: Any) -> str:
     """`was …, but now there is …`, cut to what differs."""
     if isinstance(was, Mapping) and isinstance(now, Mapping):
         keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
         return f"{keys[0]} {was.get(keys[0])!r}, but now it is {now.get(keys[0])!r}"
     return f"{was!r}, but now it is {now!r}"
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return _flat(dict(enumerate(tree)), prefix)
-    return {prefix[:-1]: tree}

@@ -17,6 +17,7 @@ from torch import Tensor
 from codistill import checkpoint, distributed
 from codistill.build import Built, build, resolved_compile, resolved_precision
 from codistill.checkpoint import Retention, Saver, Trained
+from codistill.claim import check_folder, check_free
 from codistill.config import Run
 from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
@@ -30,7 +31,6 @@ from codistill.run_folder import (
     DETERMINING,
     Ending,
     changed,
-    check_folder,
     check_provenance,
     distribution,
     finish,
@@ -81,6 +81,7 @@ def train(
     keep_freed_memory()
     run = replace(run, precision=resolved_precision(run, ranks.device), compile=resolved_compile(run, ranks.device))
     ranks.together(partial(check_folder, run, out, resume=resume, fresh=fresh, accept_changes=accept_changes))
+    ranks.on_main(partial(check_free, out))  # and again, for good, once all is ready
     built = build(run, ranks.device, ranks)
     accept = partial(check_provenance, run, out, built.provenance, resume=resume, accept_changes=accept_changes)
     ranks.together(accept)

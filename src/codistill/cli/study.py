@@ -36,7 +36,7 @@ def study(
     """
     from codistill.progress import shown
     from codistill.study.find import check_study, find_study
-    from codistill.study.run import Request
+    from codistill.study.run import Request, check_free
     from codistill.study.scales import SCALES
 
     for option, value in (("--seeds", seeds), ("--jobs", jobs)):
@@ -48,6 +48,8 @@ def study(
         raise UserError(f"there is no scale {scale!r}{did_you_mean(scale, SCALES)}; the scales are {', '.join(SCALES)}")
     wanted, size = find_study(name), SCALES[scale]
     request = Request(wanted, size, seeds or wanted.seeds, out)
+    if not plan:
+        check_free(request)  # which is asked again when it begins: planning takes a while
     with shown("planning", 1):
         from codistill.study.plan import plan_lines
         from codistill.study.rerun import check_against, write_comparison

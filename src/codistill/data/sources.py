@@ -56,6 +56,12 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     return found
 
 
+def check_sources(names: Sequence[str]) -> None:
+    """As `find_sources`; a prepared folder, which stands alone, is another's to open."""
+    if not (len(names) == 1 and (Path(names[0]) / "manifest.json").is_file()):
+        find_sources(names)
+
+
 def fingerprint(source: Source, memory: Path | None = None) -> str:
     """SHA-256 of the content. For built-in text of what determines it, and for a hub data set of its name, for it
     cannot be read twice. `memory`: a folder that keeps the hashes of files by path, size and time of change.

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
 
 from codistill.errors import UserError
+from codistill.families import FAMILIES, bend
 from codistill.families.causal import CAUSAL
 from codistill.families.masked import MASKED
 
@@ -36,6 +37,23 @@ def check_objective(family: str, wanted: str, field: str) -> None:
         raise UserError(
             f"{field}: {family} is a {kinds[found]} LM, and objective.name {wanted} is for {kinds[wanted]} ones: "
             f"{fitting}"
+        )
+
+
+def check_supported(config: PreTrainedConfig, objective: str, path: str, field: str, *, trusted: bool) -> None:
+    """UserError where the logits are no linear function of features, or the family has no model for `objective`;
+    `trusted`: code of its own that comes with it counts."""
+    bent = bend(config)
+    if bent is not None:
+        raise UserError(f"{field}: {path!r} sets {bent}; models that cap or scale their logits are not supported")
+    mapping, auto = {
+        "mlm": (MODEL_FOR_MASKED_LM_MAPPING, "AutoModelForMaskedLM"),
+        "clm": (MODEL_FOR_CAUSAL_LM_MAPPING, "AutoModelForCausalLM"),
+    }[objective]
+    code = getattr(config, "auto_map", {}) if trusted else {}
+    if type(config) not in mapping and auto not in code:
+        raise UserError(
+            f"{field}: {path!r} is of the family {config.model_type!r}; supported are {', '.join(FAMILIES)}"
         )
 
 

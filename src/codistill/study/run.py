@@ -11,7 +11,7 @@ from codistill.config import Data
 from codistill.data.corpus import Corpus
 from codistill.distributed import start
 from codistill.errors import MachineError, UserError
-from codistill.files import locked, machine_error, to_json, write_file
+from codistill.files import is_locked, locked, machine_error, to_json, write_file
 from codistill.progress import Advance, preparing, silent
 from codistill.study.analysis import analysis
 from codistill.study.arms import Arm, keys_of
@@ -80,7 +80,7 @@ def _train(request: Request, given: Means, advance: Advance) -> list[str]:
             _adopt(request, given, text)
             return execute(arms, request.out, given, advance)
     except BlockingIOError:
-        raise UserError(f"--out {request.out}: another `codistill study` is at work there; wait for it") from None
+        raise _in_use(request) from None
     except OSError as error:
         raise machine_error(error, request.out) from error
 
@@ -98,6 +98,16 @@ def _adopt(request: Request, given: Means, text: Mapping[str, str]) -> None:
     check_same_models(known_cells(request), now)
     wanted = {keys[arm.place]: {name: now.get(name, "") for name in outside[arm.place]} for arm in left}
     cells.adopt(wanted, text)
+
+
+def check_free(request: Request) -> None:
+    """UserError where another study is at work in the folder now."""
+    if is_locked(request.out / ".lock"):
+        raise _in_use(request)
+
+
+def _in_use(request: Request) -> UserError:
+    return UserError(f"--out {request.out}: another `codistill study` is at work there; wait for it")
 
 
 def text_of(data: Data, tokenizer: str) -> dict[str, str]:
