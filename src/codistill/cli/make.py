@@ -69,11 +69,12 @@ def remap(
 
     Example: codistill remap runs/small/members/large --to bigger/config.json --depth stack --out grown
     """
+    layers = _layers(depth)
     for path in (source, to):
         config_file(path)  # before the libraries are loaded, which takes a while
     from codistill.remap import remap_folder
 
-    remap_folder(source, to, out=out, depth=_layers(depth), width=width, noise=noise, seed=seed)
+    remap_folder(source, to, out=out, depth=layers, width=width, noise=noise, seed=seed)
     console.print(f"{out}: a model folder, from {source}", markup=False)
 
 
