@@ -15,6 +15,16 @@ from codistill.objectives import Batch
 from codistill.schedules import constant
 
 VOCABULARY, LENGTH = 50, 16
+# Of a small model, as most configurations of transformers call it.
+SIZE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
 
 
 def predictor(

@@ -23,6 +23,7 @@ from codistill.metrics import read_metrics
 from codistill.models import Predictor, load_model, new_model
 from codistill.objectives import CausalLM
 from codistill.train import train
+from cohorts import SIZE as OF_A_SMALL_MODEL
 from data_examples import documents, vocabulary_file
 from runs import refused, small_run, weights, with_teachers
 
@@ -151,15 +152,7 @@ def test_a_masked_teacher_of_a_causal_student_is_refused(text, teacher, causal_t
     refused(wrong, small_run("standalone-clm", text, "members.large.model.family=bert"), tmp_path / "run")
 
 
-SIZE = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
+SIZE = OF_A_SMALL_MODEL | {"vocab_size": 60}
 GATED = SIZE | {"num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 2, "eos_token_id": 3}
 LOOK_AHEAD = {
     **{

@@ -21,20 +21,11 @@ from codistill.models import Predictor, check_documents_apart, load_model, new_m
 from codistill.plan import plan
 from codistill.schedules import constant
 from codistill.train import train
-from cohorts import LENGTH, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
+from cohorts import LENGTH, SIZE, VOCABULARY, assert_same_bits, batch, member, parameters, predictor
 from evaluations import model_folder
 from runs import refused, small_run
 
 CONFIGURED = ("bert", "modernbert", "roberta", "distilbert", "electra", "deberta-v2")
-SIZE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "pad_token_id": 0,
-}
 # As their published weights are, where that is not how we configure them; and families that no table knows.
 PUBLISHED = {
     "electra small": transformers.ElectraConfig(**SIZE, embedding_size=16),

@@ -55,7 +55,6 @@ def bench_data(
 
     Example: codistill bench data corpus/ --tokenizer vocab.txt
     """
-
     from codistill.bench import bench_data as measure
 
     rows = measure(sources or ["builtin:python"], tokenizer, length=length, mask_rate=mask_rate)
