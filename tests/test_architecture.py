@@ -15,6 +15,7 @@ FLOORS = [
     {"config"},
     {"checks"},
     {"loading", "findings"},
+    {"history"},
     {
         "objectives",
         "attention",

@@ -67,7 +67,7 @@ def test_a_teacher_that_is_read_from_a_cache_costs_nothing():
     run = Run(members={"live": live, "read": read, "large": MemberConfig()}, distillation=edges, steps=4)
     models = {name: predictor(name, family="bert").model for name in run.members}
     once = pass_flops(models["live"], sequences=run.batch.sequences, length=run.data.length, rows=80)
-    found = member_flops(run, models, rows=80, steps=4)
+    found = member_flops(run, models, rows=80, steps=range(4))
     assert found["read"] == {"own": 0, "teachers": 0}
     assert found["live"]["own"] == found["large"]["teachers"] == 3 * sum(once) > 0
 

@@ -1,15 +1,13 @@
-"""Whether a run may go to a folder, which can be said before anything large is imported, and which of its settings are
-others than those of the run that is there."""
+"""Whether a run may go to a folder, which can be said before anything large is imported."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from codistill.config import Run
 from codistill.errors import UserError
 from codistill.files import is_locked
 from codistill.folders import LOCK, is_run_folder
-from codistill.loading import load, read_run, to_dict
+from codistill.history import differing
+from codistill.loading import load, read_run
 
 JOB = ".job"
 # What a run, its trackers, its report and a study's scores leave in its folder.
@@ -70,23 +68,3 @@ def check_free(out: Path) -> None:
 def in_use(out: Path) -> UserError:
     """What to say of a folder in which another process trains."""
     return UserError(f"{out}: another process trains there; wait for it, or give another --out")
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """What a run's numbers are made of."""
-    return to_dict(replace(run, provenance=None, distributed="auto", track=[]))
-
-
-def differing(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
-    """Every setting that is not the same in both, as it was and as it is; None where there is none."""
-    was, now = (_flat(_settings(run)) for run in (old, new))
-    keys = sorted(was.keys() | now.keys())
-    return {key: (was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)}
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    if isinstance(tree, list) and any(isinstance(item, dict) for item in tree):
-        return _flat(dict(enumerate(tree)), prefix)
-    return {prefix[:-1]: tree}

@@ -274,17 +274,6 @@ class Run:
         """What the initialisation and the noise of `member` are keyed by."""
         return self.members[member].seeded_as or self.members[member].twin_of or member
 
-    def tokens_by(self, step: int) -> int:
-        """Tokens of text in the first `step` steps, also where a resumption has changed how many a step has."""
-        sequences, length, total = self.batch.sequences, self.data.length, 0
-        for part in reversed((self.provenance or {}).get("changed", [])):
-            begun = min(step, part["from_step"])
-            total, step = total + (step - begun) * sequences * length, begun
-            sequences, length = (
-                part["was"].get(key, now) for key, now in (("batch.sequences", sequences), ("data.length", length))
-            )
-        return total + step * sequences * length
-
     @property
     def trained(self) -> list[str]:
         """Names of the members that learn."""

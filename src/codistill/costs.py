@@ -124,9 +124,9 @@ def shape_flops(config: ModelConfig, *, vocabulary: int, sequences: int, length:
 
 
 def member_flops(
-    run: Run, models: Mapping[str, PreTrainedModel], *, rows: int, steps: int
+    run: Run, models: Mapping[str, PreTrainedModel], *, rows: int, steps: range
 ) -> dict[str, dict[str, int]]:
-    """For each member what its own passes took in `steps` steps with `rows` predicted rows each, and, as `teachers`,
+    """For each of `models` what its own passes took in `steps` with `rows` predicted rows each, and, as `teachers`,
     those of the frozen members that taught it, in the steps in which their edges weighed something.
 
     A frozen teacher of two students counts in full for both: each would have to pay for it alone; one whose logits
@@ -136,27 +136,29 @@ def member_flops(
     once = {
         name: pass_flops(model, sequences=run.batch.sequences, length=run.data.length, rows=rows)
         for name, model in models.items()
+        if name in run.members
     }
+    edges_here = [e for e in run.distillation if e.teacher in once and e.student in once]
 
     def teaching(teacher: str, students: Collection[str]) -> int:
-        edges = [e for e in run.distillation if e.teacher == teacher and e.student in students]
+        edges = [e for e in edges_here if e.teacher == teacher and e.student in students]
         body, head = once[teacher]
         return body * _steps_taught(run, steps, edges) + head * _steps_taught(
             run, steps, [e for e in edges if e.kind == "logits"]
         )
 
     found = {}
-    for name, member in run.members.items():
-        own = teaching(name, run.members) if member.frozen else 3 * steps * sum(once[name])
-        frozen = {e.teacher for e in run.distillation if e.student == name and run.members[e.teacher].frozen}
+    for name in once:
+        own = teaching(name, once) if run.members[name].frozen else 3 * len(steps) * sum(once[name])
+        frozen = {e.teacher for e in edges_here if e.student == name and run.members[e.teacher].frozen}
         found[name] = {"own": own, "teachers": sum(teaching(teacher, [name]) for teacher in frozen)}
     return found
 
 
-def _steps_taught(run: Run, steps: int, edges: Iterable[DistillationConfig]) -> int:
+def _steps_taught(run: Run, steps: range, edges: Iterable[DistillationConfig]) -> int:
     """In how many steps some of `edges` weighs something, and its teacher is run and not read from a cache."""
     weights = [schedules.build(e.weight, run.steps) for e in edges if run.members[e.teacher].cached is None]
-    return sum(any(weight(step) for weight in weights) for step in range(steps))
+    return sum(any(weight(step) for weight in weights) for step in steps)
 
 
 def _faked(model: PreTrainedModel) -> PreTrainedModel:

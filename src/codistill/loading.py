@@ -65,8 +65,11 @@ def read_run(file: Path) -> dict:
 
 
 def to_dict(run: Run) -> dict:
-    """`run` as plain mappings and lists, without fields that are None or that a twin shares with its original."""
+    """`run` as plain mappings and lists, without fields that are None or that a twin shares with its original; of what
+    has changed a None is kept, which says that there was no such setting."""
     tree = _without_none(dataclasses.asdict(run))
+    if run.provenance and "changed" in run.provenance:
+        tree["provenance"]["changed"] = _copied(run.provenance["changed"])
     members = tree["members"]
     tree["members"] = {
         name: _beyond(members.get(member.get("twin_of"), {}), member) for name, member in members.items()

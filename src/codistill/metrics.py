@@ -90,8 +90,10 @@ class MetricsLog:
     def best(self) -> dict[str, dict[str, float]]:
         """For each member, after which step its held-out loss was lowest, and that loss in nats; nothing for one whose
         loss never was a number."""
-        names = dict.fromkeys(name for _, losses in self.held_out for name in losses)
-        lowest = {name: min((losses[name], step) for step, losses in self.held_out) for name in names}
+        lowest: dict[str, tuple[float, int]] = {}
+        for step, losses in self.held_out:  # members may come and go where a run is resumed
+            for name, loss in losses.items():
+                lowest[name] = min(lowest.get(name, (loss, step)), (loss, step))
         return {name: {"step": step, "loss": loss} for name, (loss, step) in lowest.items() if math.isfinite(loss)}
 
     def is_stale(self, names: Sequence[str], patience: int, least: float) -> bool:

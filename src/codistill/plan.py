@@ -57,7 +57,7 @@ def plan(run: Run, device: torch.device) -> Plan:
     precision = resolved_precision(run, device)
     models = {name: model_of(run, name, vocabulary) for name in run.members}
     rows = _rows(run)
-    flops = member_flops(run, models, rows=rows, steps=run.steps)
+    flops = member_flops(run, models, rows=rows, steps=range(run.steps))
     memory = memory_of(run, models, vocabulary, getattr(torch, precision), device.type)
     a_step = sum(of["own"] for of in flops.values()) / run.steps
     tokens = run.steps * run.batch.sequences * run.data.length

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from codistill.build import Built
 from codistill.checkpoint import distinct, gathered
-from codistill.claim import JOB, differing, in_use
+from codistill.claim import JOB, in_use
 from codistill.config import Run
 from codistill.costs import member_flops
 from codistill.distributed import Ranks, job
@@ -28,6 +28,7 @@ from codistill.files import (
     write_file,
 )
 from codistill.folders import LOCK
+from codistill.history import differing, parts, tokens_by
 from codistill.loading import load, read_run, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
@@ -172,8 +173,8 @@ def _results(run: Run, built: Built, ending: Ending, seconds: float) -> dict[str
         "steps": ending.step,
         "stopped_early": ending.step < run.steps,
         "skipped": ending.skipped,
-        "tokens": run.tokens_by(ending.step),
-        "passes": round(run.tokens_by(ending.step) / (built.batches.num_rows * run.data.length), 4),
+        "tokens": tokens_by(run, ending.step),
+        "passes": round(tokens_by(run, ending.step) / (built.batches.num_rows * run.data.length), 4),
         "seconds": round(seconds, 1),
         "seed": run.seed,
         "precision": run.precision,
@@ -181,8 +182,18 @@ def _results(run: Run, built: Built, ending: Ending, seconds: float) -> dict[str
 
 
 def _flops(run: Run, built: Built, steps: int) -> dict[str, dict[str, int]]:
-    rows = sum(len(batch.labels_N) for batch in built.batches.at(0))
-    return member_flops(run, built.models, rows=rows, steps=steps)
+    """As `member_flops`, of all parts of the run; a teacher that a resumption left out has no model to count."""
+    rows = sum(len(batch.labels_N) for batch in built.batches.at(0)) / _predicted(run)
+    total = {name: {"own": 0, "teachers": 0} for name in built.models}
+    for first, last, then in parts(run, steps):
+        found = member_flops(then, built.models, rows=round(rows * _predicted(then)), steps=range(first, last))
+        for name, of in found.items():
+            total[name] = {key: total[name][key] + count for key, count in of.items()}
+    return total
+
+
+def _predicted(run: Run) -> int:
+    return run.batch.sequences * run.objective.rows_of(run.data.length)
 
 
 def _cost(flops: Mapping[str, Mapping[str, int]], name: str, seconds: float) -> dict[str, Any]:

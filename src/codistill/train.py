@@ -23,6 +23,7 @@ from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.files import machine_error
+from codistill.history import tokens_by
 from codistill.machine import be_deterministic, keep_freed_memory
 from codistill.metrics import MetricsLog
 from codistill.objectives import Batch
@@ -148,7 +149,7 @@ def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_
         closing(Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)) as saver,
     ):
         a_step = run.batch.sequences * run.data.length
-        log = ranks.together(lambda: MetricsLog(file, first, a_step, tracker.log, run.tokens_by(first)))
+        log = ranks.together(lambda: MetricsLog(file, first, a_step, tracker.log, tokens_by(run, first)))
         save = partial(saver.save, members=trained)
         pinned = built.cohort.device.type == "cuda"
         ahead = prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world, pinned=pinned)

@@ -82,7 +82,7 @@ def bench_step(
     for name, seconds in interleaved({n: _turn(loop, batches) for n, loop in loops.items()}, runs, place.type).items():
         rows[name]["seconds"] = summary(seconds)
     rows_of_step = sum(len(batch.labels_N) for batch in batches[0])
-    cost = member_flops(run, built.models, rows=rows_of_step, steps=len(batches))
+    cost = member_flops(run, built.models, rows=rows_of_step, steps=range(len(batches)))
     flops = round(sum(of["own"] for of in cost.values()) / len(batches))
     tokens = run.batch.sequences * run.data.length
     rate = product_rate(place, getattr(torch, run.precision))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from codistill.blocks import COLOURS
 from codistill.files import machine_error
+from codistill.history import tokens_by
 from codistill.loading import load, read_run
 from codistill.metrics import read_metrics
 
@@ -125,9 +126,10 @@ def versus(member: Mapping[str, Any], twin: Mapping[str, Any] | None) -> str:
 def _held_out_curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """(millions of tokens, loss) points of every member that was trained."""
     results, run = read_results(folder), load(read_run(folder / "run.yaml"))
+    learned = [name for name, member in results["members"].items() if not member["frozen"]]
     curves: dict[str, list[tuple[float, float]]] = {}
     for line in read_metrics(folder / "metrics.jsonl"):
         for name, score in line.get("held_out", {}).items():
-            if not results["members"][name]["frozen"] and score["loss"] is not None:
-                curves.setdefault(name, []).append((run.tokens_by(line["step"]) / 1e6, score["loss"]))
+            if name in learned and score["loss"] is not None:
+                curves.setdefault(name, []).append((tokens_by(run, line["step"]) / 1e6, score["loss"]))
     return curves
