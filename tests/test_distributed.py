@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.distributed import ALONE, Ranks, start, whole
-from codistill.errors import Elsewhere, MachineError, UserError
+from codistill.errors import FailedElsewhere, MachineError, UserError
 from codistill.schedules import constant
 from cohorts import batch, predictor
 from ranks import on_ranks
@@ -177,20 +177,22 @@ def test_accumulation_exchanges_no_more_gradients(engine, expected):
 
 def words_and_numbers() -> dict:
     ranks = start("ddp", "cpu")
-    said = [ranks.agree(flag and ranks.rank == 1) for flag in (False, True, False, False)]
-    number = ranks.number(40 + ranks.rank)
-    table = ranks.table(torch.tensor([[0.1], [0.2]], dtype=torch.float64) * (torch.arange(2) == ranks.rank)[:, None])
+    said = [ranks.any_late(flag and ranks.rank == 1) for flag in (False, True, False, False)]
+    number = ranks.broadcast_int(40 + ranks.rank)
+    table = ranks.sum_on_host(
+        torch.tensor([[0.1], [0.2]], dtype=torch.float64) * (torch.arange(2) == ranks.rank)[:, None]
+    )
     together = ranks.together(lambda: "both")
     errors = []
     for work in (fails_on(ranks, 1, UserError), fails_on(ranks, 0, MachineError), lambda: ranks.on_main(no_space)):
-        with pytest.raises((UserError, MachineError, Elsewhere)) as failure:
+        with pytest.raises((UserError, MachineError, FailedElsewhere)) as failure:
             ranks.together(work) if work.__name__ == "work" else work()
         errors.append(f"{type(failure.value).__name__} {failure.value}")
     ranks.check_same("text", "data")
-    with pytest.raises((UserError, Elsewhere)) as failure:
+    with pytest.raises((UserError, FailedElsewhere)) as failure:
         ranks.check_same(f"text {ranks.rank}", "data")
     errors.append(f"{type(failure.value).__name__} {failure.value}")
-    with pytest.raises((UserError, Elsewhere)):
+    with pytest.raises((UserError, FailedElsewhere)):
         ranks.check_same("x" * 5000 + str(ranks.rank), "data")
     return {"said": said, "number": number, "table": table, "together": together, "errors": errors}
 
@@ -220,12 +222,12 @@ def test_ranks_agree_and_fail_together():
         "MachineError no space",
         "UserError data: rank 1 has text 1, rank 0 has text 0; give every node the same",
     ]
-    assert other["errors"] == ["Elsewhere 2", "Elsewhere 1", "Elsewhere 1", "Elsewhere 2"]
+    assert other["errors"] == ["FailedElsewhere 2", "FailedElsewhere 1", "FailedElsewhere 1", "FailedElsewhere 2"]
 
 
 def test_one_process_needs_no_network():
-    assert ALONE.agree(True)
-    assert ALONE.number(3) == 3
+    assert ALONE.any_late(True)
+    assert ALONE.broadcast_int(3) == 3
     assert ALONE.together(lambda: 4) == 4
     ranks = start("auto", "cpu")
     assert (ranks.engine, ranks.world, ranks.is_main) == ("single", 1, True)

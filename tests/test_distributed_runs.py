@@ -17,7 +17,7 @@ import torch
 from codistill.build import build
 from codistill.config import Run
 from codistill.distributed import start
-from codistill.errors import Elsewhere, UserError
+from codistill.errors import FailedElsewhere, UserError
 from codistill.loading import load, read_run, to_yaml
 from codistill.train import Stopped, score_members, train
 from ranks import on_ranks
@@ -36,7 +36,7 @@ def parts(run: Run, out: Path, engine: str, stops: list[int | None], resume: boo
                 train(settled, out, resume=resume or number > 0, device="cpu", stop_at=stop)
         except Stopped:
             continue
-        except (UserError, Elsewhere) as error:
+        except (UserError, FailedElsewhere) as error:
             return {"error": f"{type(error).__name__}: {error}", "said": said.getvalue()}
     return {"error": "", "said": said.getvalue()}
 
@@ -131,11 +131,11 @@ def test_what_the_ranks_cannot_do_is_refused_and_said_once(text, tmp_path):
     run = small_run("ctcd", text, "batch.sequences=6")
     main, other = on_ranks(parts, run, tmp_path / "run", "ddp", [None])
     message = "UserError: batch.sequences 6: cannot be shared out evenly to 2 micro-batches on 2 ranks"
-    assert (main["error"], other["error"]) == (message, "Elsewhere: 2")
+    assert (main["error"], other["error"]) == (message, "FailedElsewhere: 2")
     assert not (tmp_path / "run").exists()
     main, other = on_ranks(parts, small_run("ctcd", text), tmp_path / "run", "ddp", [None], True)
     assert "holds no run to resume" in main["error"]
-    assert other["error"] == "Elsewhere: 2"
+    assert other["error"] == "FailedElsewhere: 2"
 
 
 # ---- under torchrun ----------------------------------------------------------------------------

@@ -271,7 +271,7 @@ def test_what_a_resumption_changed_is_counted_and_told(text, tmp_path, capsys):
     assert recorded.provenance["changed"] == [{"from_step": 4, "was": {"data.length": 32, "steps": 4}}]
     assert "before step 5: `data.length` (was 32), `steps` (was 4)" in (out / "members/large/README.md").read_text()
     again = train(recorded, tmp_path / "again")
-    assert "changed on its way; this one has the last throughout" in capsys.readouterr().err
+    assert "changed its settings on the way; this run has the last ones throughout" in capsys.readouterr().err
     assert "changed" not in load(read_run(again / "run.yaml")).provenance
 
 

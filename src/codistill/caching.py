@@ -20,6 +20,7 @@ from codistill.divergences import forward_kl
 from codistill.errors import MachineError, UserError
 from codistill.files import atomic_folder, to_json, write_file
 from codistill.kernels import SparseLogits
+from codistill.machine import autocast
 from codistill.models import Predictor
 from codistill.objectives import Batch
 from codistill.progress import Advance, silent
@@ -153,12 +154,11 @@ def _outputs(plan: Plan, batch: Batch, seed: int) -> dict[str, Tensor]:
     """What is stored of a micro-batch, by name; adds to the divergences."""
     here = batch.to(plan.predictor.device)
     precision = getattr(torch, plan.run.precision)
-    with torch.autocast(here.labels_N.device.type, precision, enabled=precision != torch.float32):
+    with autocast(here.labels_N.device.type, precision):
         features_ND = plan.predictor(here.inputs, here.rows_N).float()
-    weight_N = torch.ones_like(features_ND[:, 0]) if here.row_weight_N is None else here.row_weight_N
     parts = [
         _chunk(plan, features_CD, weight_C, seed + number)
-        for number, (features_CD, weight_C) in enumerate(_chunks(features_ND, weight_N))
+        for number, (features_CD, weight_C) in enumerate(_chunks(features_ND, here.weight_N))
     ]
     return {name: torch.cat([part[name] for part in parts]) for name in plan.layout.fields}
 

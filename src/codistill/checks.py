@@ -1,4 +1,4 @@
-"""What of a run's settings does not go together, though each by itself is right."""
+"""Checks on a run's settings together, each of which is valid by itself."""
 
 import re
 from typing import Any

@@ -23,6 +23,7 @@ from codistill.errors import UserError
 from codistill.families import is_causal, known_objective
 from codistill.families.ahead import why
 from codistill.kernels import CohortLoss, Edge, SparseLogits, linear_cohort_loss, linear_cohort_regression
+from codistill.machine import autocast
 from codistill.member import Member
 from codistill.objectives import Batch
 from codistill.relations import Relations, Weighted
@@ -178,7 +179,7 @@ class Cohort:
             _seed_noise(self.device, seed_of(self.seed, "noise", step, micro_batch, self.ranks.rank, member.noise_key))
         elif any(part.training for part in member.predictor.modules()):  # a loop that says `teacher.train()`
             member.predictor.eval()
-        with torch.set_grad_enabled(member.is_trained), self._autocast():
+        with torch.set_grad_enabled(member.is_trained), autocast(self.device.type, self.precision):
             return member.predictor(batch.inputs, batch.rows_N)
 
     def _loss(
@@ -195,7 +196,7 @@ class Cohort:
         )
         if batch.labels_N.is_floating_point():
             loss_of = linear_cohort_regression
-        with self._autocast():
+        with autocast(self.device.type, self.precision):
             return loss_of(
                 features,
                 {m.name: m.predictor.output_weight for m in members},
@@ -214,9 +215,6 @@ class Cohort:
         if is_last:
             self.ranks.reduce([m.parameters for m in self.trained])
             self.ranks.release([m.predictor for m in self.members.values() if not m.is_trained])
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _update(self, step: int, metrics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Clips and steps every trained member, unless anything in this or an earlier step was not finite."""

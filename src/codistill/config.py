@@ -165,7 +165,7 @@ class DistillationConfig:
 
 
 def edge_problem(edge: Any) -> str | None:
-    """What of an edge's settings does not go together, in words, or None."""
+    """Why an edge's settings conflict, in words; None if they do not."""
     if edge.teacher == edge.student:
         return f"{edge.teacher!r} cannot teach itself; name another teacher or student"
     if isinstance(edge.divergence, str) and edge.divergence not in _DIVERGENCES:

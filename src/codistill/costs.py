@@ -21,6 +21,7 @@ from codistill import schedules
 from codistill.attention import NAME as SHORT_ATTENTION
 from codistill.config import DistillationConfig, ModelConfig, Run
 from codistill.families import split
+from codistill.machine import autocast
 from codistill.models import Predictor, new_model
 
 Shape = tuple[int, ...]
@@ -89,11 +90,10 @@ def forward_cost(
                 saved[storage._cdata] = storage.nbytes()
             return tensor
 
-        autocast = torch.autocast("cpu", precision, enabled=precision != torch.float32)
         with (
             FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter,
             saved_tensors_hooks(keep, lambda tensor: tensor),
-            autocast,
+            autocast("cpu", precision),
         ):
             features_ND = predictor({"input_ids": ids_BT}, torch.zeros(rows, dtype=torch.int64))
     return Cost(counter.get_total_flops(), sum(saved.values()), predictor.num_parameters, features_ND.shape[1])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from codistill.errors import Elsewhere, MachineError, UserError
+from codistill.errors import FailedElsewhere, MachineError, UserError
 from codistill.files import machine_error
 
 Engine = Literal["single", "ddp", "fsdp2"]
@@ -135,13 +135,13 @@ class Ranks:
         """Each 0-d tensor summed over the ranks, in one exchange on the device."""
         return list(scalars) if self.world == 1 else list(self._sum(torch.stack(list(scalars))))
 
-    def table(self, rows: Tensor) -> Tensor:
-        """`rows` (on the host, each set by one rank and zero on the others) with all of them set: exact."""
+    def sum_on_host(self, rows: Tensor) -> Tensor:
+        """`rows`, each set by one rank and zero on the others, with all of them set: exact."""
         if self.world > 1:
             dist.all_reduce(rows, group=self.control)
         return rows
 
-    def agree(self, flag: bool) -> bool:
+    def any_late(self, flag: bool) -> bool:
         """Whether any rank had said yes at the call before this one: all ranks get the same answer at the same call.
 
         It is one call late so that nobody waits for the network. A process alone is answered at once.
@@ -157,7 +157,7 @@ class Ranks:
 
     def together(self, work: Callable[[], Result]) -> Result:
         """What `work` gives, once all ranks have done it. Where one fails, all do: rank 0 raises the first error, and
-        every other rank `Elsewhere`."""
+        every other rank `FailedElsewhere`."""
         if self.world == 1:
             return work()
         failure: UserError | MachineError | None = None
@@ -168,21 +168,21 @@ class Ranks:
             failure = machine_error(error, Path(error.filename or os.curdir))
         except (UserError, MachineError) as error:
             failure = error
-        said = self._tell("" if failure is None else f"{type(failure).__name__}:{failure}")
+        said = self._all_gather_text("" if failure is None else f"{type(failure).__name__}:{failure}")
         failed = [rank for rank, words in enumerate(said) if words]
         if not failed:
             return cast(Result, result)
         kind, _, words = said[failed[0]].partition(":")
         status, error_type = (1, MachineError) if kind == "MachineError" else (2, UserError)
         if not self.is_main:
-            raise Elsewhere(status) from failure
+            raise FailedElsewhere(status) from failure
         raise failure or error_type(f"rank {failed[0]}: {words}")
 
     def on_main(self, work: Callable[[], None]) -> None:
         """Rank 0 does `work`, the others wait; where it fails, all do."""
         self.together(work if self.is_main else lambda: None)
 
-    def number(self, value: int) -> int:
+    def broadcast_int(self, value: int) -> int:
         """Rank 0's `value`, on every rank."""
         if self.world > 1:
             tensor = torch.tensor(value)
@@ -191,16 +191,16 @@ class Ranks:
         return value
 
     def check_same(self, words: str, what: str) -> None:
-        """Unless all ranks give the same words, raises UserError on rank 0 and `Elsewhere` on the others."""
+        """Unless all ranks give the same words, raises UserError on rank 0 and `FailedElsewhere` on the others."""
         if self.world == 1:
             return
         digest = hashlib.blake2b(words.encode(), digest_size=16).hexdigest()  # for words too long to be told
-        said = self._tell(f"{digest}{words}")
+        said = self._all_gather_text(f"{digest}{words}")
         odd = next((rank for rank, other in enumerate(said) if other != said[0]), None)
         if odd is None:
             return
         if not self.is_main:
-            raise Elsewhere(2)
+            raise FailedElsewhere(2)
         one, other = (said[rank][len(digest) :] for rank in (odd, 0))
         raise UserError(f"{what}: rank {odd} has {one}, rank 0 has {other}; give every node the same")
 
@@ -214,7 +214,7 @@ class Ranks:
     def _any(self, said: Tensor) -> dist.Work:
         return cast(dist.Work, dist.all_reduce(said, dist.ReduceOp.MAX, group=self.control, async_op=True))
 
-    def _tell(self, words: str) -> list[str]:
+    def _all_gather_text(self, words: str) -> list[str]:
         """Everybody's words, by rank, as plain bytes: nothing is pickled."""
         content = words.encode()[:_MESSAGE_BYTES]
         mine = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)

@@ -26,5 +26,5 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-class Elsewhere(Exception):
+class FailedElsewhere(Exception):
     """Another process of the run failed, and rank 0 says why: this one ends quietly with `args[0]` as exit status."""

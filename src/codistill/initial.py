@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -131,7 +130,6 @@ def _loss_on(model: PreTrainedModel, batches: Batches) -> Callable[[dict[str, Te
         loss_N = cross_entropy(
             functional_call(logits, named, (batch.inputs, batch.rows_N)), batch.labels_N, reduction="none"
         )
-        weight_N = torch.ones_like(loss_N) if batch.row_weight_N is None else batch.row_weight_N
-        return (loss_N * weight_N).sum() / weight_N.sum()
+        return (loss_N * batch.weight_N).sum() / batch.weight_N.sum()
 
     return loss_of

@@ -78,7 +78,7 @@ def to_dict(run: Run) -> dict:
 
 
 def _beyond(original: Mapping[str, Any], member: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `member` its original has not, nulls for what only the original has included."""
+    """The settings in which `member` differs from its original; null for one that only the original has."""
     own = {key: value for key, value in member.items() if original.get(key) != value}
     return own | {key: None for key in original if key not in member}
 

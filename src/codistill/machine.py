@@ -24,6 +24,11 @@ def best_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
 
 
+def autocast(device_type: str, precision: torch.dtype) -> torch.autocast:
+    """Matrix products in `precision`; with float32 none is cast, whatever surrounds it."""
+    return torch.autocast(device_type, precision, enabled=precision != torch.float32)
+
+
 def compile_layers(model: nn.Module) -> None:
     """Compiles each of the model's repeated layers for the shapes that come, at its first call.
 

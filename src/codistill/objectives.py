@@ -75,6 +75,11 @@ class Batch:
             shows_next=after and not here and is_shifted,
         )
 
+    @property
+    def weight_N(self) -> Tensor:
+        """(N,) float32: `row_weight_N`, or 1 for every row where there is none."""
+        return torch.ones_like(self.labels_N, dtype=torch.float32) if self.row_weight_N is None else self.row_weight_N
+
     def to(self, device: torch.device | str) -> Batch:
         """This batch with its tensors on `device`; from pinned memory the copies do not wait."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))

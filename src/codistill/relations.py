@@ -174,7 +174,7 @@ def _seen(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def _before(batch: Batch, seen: Tensor) -> Tensor:
-    """What of `seen` is not later, and of the same document where positions begin anew with each."""
+    """`seen` without later positions, and without other documents where positions begin anew with each."""
     length = batch.inputs["input_ids"].shape[1]
     seen = seen & torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
     if "position_ids" not in batch.inputs:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codistill.distributed import ALONE, Ranks
+from codistill.machine import autocast
 from codistill.models import Predictor
 from codistill.objectives import Batch
 
@@ -48,7 +49,7 @@ def held_out(
             sums_K3[index] = sums_3.cpu()
     predictor.train(was_training)
     ranks.release([predictor])
-    loss, right, rows = sum(ranks.table(sums_K3).unbind(), torch.zeros(3, dtype=torch.float64)).tolist()
+    loss, right, rows = sum(ranks.sum_on_host(sums_K3).unbind(), torch.zeros(3, dtype=torch.float64)).tolist()
     return Score(loss / rows, right / rows, round(rows)) if rows else Score(math.nan, math.nan, 0)
 
 
@@ -61,33 +62,28 @@ def unigram_cross_entropy(counts_V: np.ndarray, batches: Sequence[Batch], asked_
     smoothed_V = np.where(asked_V, counts_V + 1.0, 0.0)
     with np.errstate(divide="ignore"):
         log_p_V = np.log(smoothed_V / smoothed_V.sum())
-    labels, weights = zip(*((_numpy(b.labels_N), _numpy(_row_weight(b))) for b in batches), strict=True)
+    labels, weights = zip(*((_numpy(b.labels_N), _numpy(b.weight_N)) for b in batches), strict=True)
     label_N, weight_N = np.concatenate(labels), np.concatenate(weights)
     counts_N = weight_N > 0  # the others' labels may be of tokens that are never asked for
     return float(-np.average(log_p_V[label_N[counts_N]], weights=weight_N[counts_N]))
 
 
 def _sums_of(predictor: Predictor, batch: Batch, precision: torch.dtype) -> Tensor:
-    with torch.autocast(batch.labels_N.device.type, precision, enabled=precision != torch.float32):
+    with autocast(batch.labels_N.device.type, precision):
         features_ND = predictor(batch.inputs, batch.rows_N)
     return _sums(predictor, features_ND, batch)
 
 
 def _sums(predictor: Predictor, features_ND: Tensor, batch: Batch) -> Tensor:
     """(3,) float64: summed loss, right guesses, rows."""
-    row_weight_N = _row_weight(batch)
     loss = right = torch.zeros((), dtype=torch.float64, device=features_ND.device)
     for at in range(0, len(features_ND), _ROWS_AT_ONCE):
         rows = slice(at, at + _ROWS_AT_ONCE)
         logits_NV = predictor.logits(features_ND[rows])
-        labels_N, weight_N = batch.labels_N[rows], row_weight_N[rows].double()
+        labels_N, weight_N = batch.labels_N[rows], batch.weight_N[rows].double()
         loss = loss + functional.cross_entropy(logits_NV, labels_N, reduction="none").double() @ weight_N
         right = right + (logits_NV.argmax(-1) == labels_N).double() @ weight_N
-    return torch.stack([loss, right, row_weight_N.double().sum()])
-
-
-def _row_weight(batch: Batch) -> Tensor:
-    return torch.ones_like(batch.labels_N, dtype=torch.float32) if batch.row_weight_N is None else batch.row_weight_N
+    return torch.stack([loss, right, batch.weight_N.double().sum()])
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

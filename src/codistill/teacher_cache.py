@@ -91,7 +91,7 @@ class TeacherCache:
             ) from None
 
     def require(self, key: Mapping[str, Any], sequences: int, field: str) -> None:
-        """UserError naming the first thing that the run in hand has and the cache's has not."""
+        """UserError where the run in hand differs from the cache's, naming the first such thing, or is longer."""
         for name in _KEY:
             was, now = self.manifest["key"][name], key[name]
             if was != now:

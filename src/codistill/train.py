@@ -73,7 +73,7 @@ def train(
     if run.deterministic:
         be_deterministic()
     ranks = distributed.start(run.distributed, device)
-    if ranks.number(int(distributed.restarted() and is_of_this_job(out))):
+    if ranks.broadcast_int(int(distributed.restarted() and is_of_this_job(out))):
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
         if ranks.is_main:
             print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
@@ -89,7 +89,8 @@ def train(
     first = _restored(run, built, out) if resume else 0
     if not resume and (run.provenance or {}).get("changed") and ranks.is_main:
         print(
-            "the settings of the run that this is of changed on its way; this one has the last throughout",
+            "the run that this configuration is of changed its settings on the way; "
+            "this run has the last ones throughout",
             file=sys.stderr,
         )
     before = out if resume else None
@@ -98,7 +99,7 @@ def train(
     with ExitStack() as held, _signals() as asked_to_stop:
         ranks.on_main(partial(open_folder, run, out, first, held, resume=resume, fresh=fresh))
         try:
-            _run(run, built, out, first, advance, lambda step: ranks.agree(asked_to_stop()) or step == stop_at)
+            _run(run, built, out, first, advance, lambda step: ranks.any_late(asked_to_stop()) or step == stop_at)
         except OSError as error:
             raise machine_error(error, out) from error
     return out
@@ -129,7 +130,7 @@ def _trained(built: Built) -> dict[str, Trained]:
 def _newest(out: Path, ranks: Ranks) -> Path | None:
     """The checkpoint that rank 0 finds to be the newest good one."""
     found = ranks.together(lambda: checkpoint.newest(out / "checkpoints") if ranks.is_main else None)
-    step = ranks.number(-1 if found is None else checkpoint.step_of(found))
+    step = ranks.broadcast_int(-1 if found is None else checkpoint.step_of(found))
     return None if step < 0 else checkpoint.place_of(out / "checkpoints", step)
 
 
@@ -204,7 +205,7 @@ def _is_stale(run: Run, ranks: Ranks, log: MetricsLog) -> bool:
     """Whether `stop_early` ends the run here; rank 0 decides, whose log goes back to before a resumption."""
     if run.stop_early is None:
         return False
-    return bool(ranks.number(int(log.is_stale(run.trained, run.stop_early.patience, run.stop_early.least))))
+    return bool(ranks.broadcast_int(int(log.is_stale(run.trained, run.stop_early.patience, run.stop_early.least))))
 
 
 def _report(built: Built, done: int, metrics: Mapping[str, Tensor], log: MetricsLog, advance: Advance) -> None:

@@ -19,6 +19,7 @@ from codistill.build import Built, build
 from codistill.config import DistillationConfig, Run
 from codistill.errors import UserError
 from codistill.families import is_causal, split
+from codistill.machine import autocast
 from codistill.models import call_options
 from codistill.objectives import IGNORED, Batch
 from codistill.schedules import value_at
@@ -136,7 +137,7 @@ def _loop(built: Built, loss: Callable[[int, Batch], Tensor]) -> Loop:
 
     def gradients(step: int, micro_batches: Any) -> None:
         for batch in micro_batches:
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            with autocast(device.type, precision):
                 total = loss(step, batch)
             (total / len(micro_batches)).backward()
 

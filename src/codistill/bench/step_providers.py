@@ -18,6 +18,7 @@ from codistill.cohort import Cohort
 from codistill.config import Run
 from codistill.families import split
 from codistill.kernels import Edge
+from codistill.machine import autocast
 from codistill.objectives import Batch
 from codistill.schedules import value_at
 
@@ -82,7 +83,7 @@ def plain(
             edges = logit_edges(cohort, step)
             hard = {m.name: float(value_at(m.hard_weight, step)) for m in cohort.trained}
             for batch in micro_batches:
-                with torch.autocast(device.type, cohort.precision, enabled=cohort.precision != torch.float32):
+                with autocast(device.type, cohort.precision):
                     found = {}
                     for name, model_hidden in hidden.items():
                         with torch.set_grad_enabled(name in trained):

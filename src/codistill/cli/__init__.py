@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from codistill.cli import bench, evaluate, export, make, report, run, study, teachers, text  # noqa: F401  they register commands
 from codistill.cli.console import app, speaks
-from codistill.errors import Elsewhere, MachineError, UserError
+from codistill.errors import FailedElsewhere, MachineError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail_without_memory(error)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
-    except Elsewhere as error:  # of several processes that torchrun started, another says why
+    except FailedElsewhere as error:  # of several processes that torchrun started, another says why
         sys.exit(error.args[0])
 
 

@@ -15,12 +15,12 @@ Rows = Annotated[int, Parameter(help="Predicted rows.")]
 def bench_loss(
     *,
     device: Annotated[str, Parameter(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[Literal["float32", "bfloat16"], Parameter(help="Of the matrix products.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], Parameter(help="Precision of the matrix products.")] = "float32",
     rows: Rows = 2048,
-    vocabulary: Annotated[int, Parameter(help="Tokens.")] = 30522,
-    width: Annotated[int, Parameter(help="Of both members.")] = 768,
-    runs: Annotated[int, Parameter(help="Timed runs of each, taken in turns.")] = 7,
-    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this one; may be repeated.")] = None,
+    vocabulary: Annotated[int, Parameter(help="Vocabulary size.")] = 30522,
+    width: Annotated[int, Parameter(help="Width of both members.")] = 768,
+    runs: Annotated[int, Parameter(help="Timed runs of each provider, taken in turns.")] = 7,
+    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this provider; may be repeated.")] = None,
     out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
 ) -> None:
     """The vocabulary loss: speed, peak memory and gradient error against float64.
@@ -73,8 +73,8 @@ def bench_step(
     *,
     set_: Settings = None,
     device: Annotated[str, Parameter(help="cpu or cuda.")] = "cpu",
-    runs: Annotated[int, Parameter(help="Timed steps of each, taken in turns.")] = 7,
-    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this one; may be repeated.")] = None,
+    runs: Annotated[int, Parameter(help="Timed steps of each provider, taken in turns.")] = 7,
+    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this provider; may be repeated.")] = None,
     out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
 ) -> None:
     """A whole training step: tokens a second, utilisation, peak memory, and where the time goes.
@@ -91,9 +91,11 @@ def bench_latency(
     models: Annotated[list[Path], Parameter(help="Model folders, exported ones, or run folders (all their members).")],
     /,
     *,
-    length: Annotated[list[int] | None, Parameter(negative="", help="Tokens; may be repeated [128 and 512].")] = None,
+    length: Annotated[
+        list[int] | None, Parameter(negative="", help="Sequence length; may be repeated [128 and 512].")
+    ] = None,
     batch: Annotated[int, Parameter(help="Sequences at a time, for the throughput.")] = 16,
-    runs: Annotated[int, Parameter(help="Timed answers of each, taken in turns.")] = 30,
+    runs: Annotated[int, Parameter(help="Timed runs of each model, taken in turns.")] = 30,
     device: Annotated[str, Parameter(help="cpu or cuda; ONNX runs on the CPU.")] = "cpu",
     out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
 ) -> None:

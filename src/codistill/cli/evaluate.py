@@ -19,7 +19,8 @@ def evaluate(
     data: Annotated[Path | None, Parameter(help="A folder with glue/, blimp/, text/ (docs/evaluation.md).")] = None,
     seeds: Annotated[int, Parameter(help="Fine-tunings of each model and GLUE task; 5 or more for a claim.")] = 1,
     distill: Annotated[
-        list[str] | None, Parameter(negative="", help="TEACHER:STUDENT, for GLUE too; may be repeated.")
+        list[str] | None,
+        Parameter(negative="", help="TEACHER:STUDENT while fine-tuning on GLUE; may be repeated."),
     ] = None,
     text: Annotated[list[str] | None, Parameter(negative="", help="Held-out text of mlm; may be repeated.")] = None,
     limit: Annotated[int | None, Parameter(help="BLiMP pairs of each paradigm; by default all.")] = None,

@@ -13,7 +13,7 @@ def export(
     folder: Annotated[Path, Parameter(help="The folder of a finished run.")],
     /,
     *,
-    member: Annotated[str, Parameter(help="Which of its members.")],
+    member: Annotated[str, Parameter(help="Name of the member.")],
     format: Annotated[
         Literal["hf", "onnx", "int8"], Parameter(help="Hugging Face; ONNX; ONNX with int8 weights.")
     ] = "hf",
@@ -22,7 +22,7 @@ def export(
         str | None, Parameter(help="Upload it to this hub repository too, made private if it is new.")
     ] = None,
 ) -> None:
-    """Write a member of a finished run with a model card, as other tools want it.
+    """Export a member of a finished run, with a model card, for Hugging Face, ONNX or int8 ONNX.
 
     Example: codistill export runs/first --member small --format int8 --out small-int8
     """

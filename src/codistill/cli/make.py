@@ -65,7 +65,7 @@ def remap(
     ] = 0.0,
     seed: Annotated[int, Parameter(help="Seed of the methods that draw at random.")] = 0,
 ) -> None:
-    """Make a model of another size from a model.
+    """Make a larger or smaller model from a trained one.
 
     Example: codistill remap runs/small/members/large --to bigger/config.json --depth stack --out grown
     """

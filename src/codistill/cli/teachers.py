@@ -20,7 +20,7 @@ def cache_teacher(
         Literal["features", "top_k", "sampled"], Parameter(help="What is kept of each row (docs/causal.md).")
     ] = "features",
     k: Annotated[int, Parameter(help="Tokens of a row that top_k and sampled keep.")] = 64,
-    dtype: Annotated[Literal["float32", "bfloat16"], Parameter(help="Of what is stored.")] = "float32",
+    dtype: Annotated[Literal["float32", "bfloat16"], Parameter(help="Precision of what is stored.")] = "float32",
     set_: Settings = None,
     device: Device = None,
 ) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from codistill.data.tokenizers import Vocabulary, encoder_of
 from codistill.errors import UserError, first_line
 from codistill.evaluate.spread import spread
+from codistill.machine import autocast
 from codistill.models import Predictor
 
 COLUMNS = ("UID", "field", "sentence_good", "sentence_bad")
@@ -135,7 +136,7 @@ def _score_rows(
     ids_ST = torch.from_numpy(np.stack([ids[row] for row in rows])).to(predictor.device)
     last = ids_ST.shape[1] + sentences.last
     inputs, rows_N, labels_N = (_masked if mask is not None else _shifted)(ids_ST, sentences.first, last, mask)
-    with torch.autocast(ids_ST.device.type, precision, enabled=precision != torch.float32):
+    with autocast(ids_ST.device.type, precision):
         features_ND = predictor({"input_ids": inputs}, rows_N)
     log_p_N = _log_probabilities(predictor, features_ND, labels_N)
     return log_p_N.double().view(len(rows), -1).sum(1).cpu().numpy()

@@ -25,6 +25,7 @@ from codistill.evaluate.protocol import RATE_TIMES_WIDTH_SQUARED, Protocol
 from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.spread import spread
 from codistill.families import is_causal
+from codistill.machine import autocast
 from codistill.member import Member
 from codistill.models import Predictor
 from codistill.seeds import seed_of
@@ -144,7 +145,7 @@ class Best:
 def _outputs(predictor: SequencePredictor, encoded: Encoded, precision: torch.dtype, rows: np.ndarray) -> np.ndarray:
     device = predictor.output_weight.device
     batch = batch_of(encoded, rows, None).to(device)
-    with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+    with autocast(device.type, precision):
         features_ND = predictor(batch.inputs, batch.rows_N)
     return functional.linear(features_ND.float(), predictor.output_weight, predictor.output_bias).cpu().numpy()
 

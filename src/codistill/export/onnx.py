@@ -144,8 +144,8 @@ def _scores(session: Any, batches: Sequence[Batch], vocabulary: int) -> _Score:
         mask_BT = batch.inputs.get("attention_mask", torch.ones_like(ids_BT))  # there where rows are padded
         logits_BTV = torch.from_numpy(_run(session, ids_BT, mask_BT))
         logits_NV = logits_BTV.flatten(0, 1)[batch.rows_N, :vocabulary]
-        weight_N = torch.ones(len(logits_NV)) if batch.row_weight_N is None else batch.row_weight_N
         losses_N = nn.functional.cross_entropy(logits_NV, batch.labels_N, reduction="none")
+        weight_N = batch.weight_N
         loss += float(losses_N.double() @ weight_N.double())
         right += float((logits_NV.argmax(-1) == batch.labels_N).double() @ weight_N.double())
         rows += float(weight_N.sum())

@@ -89,7 +89,7 @@ class GivenHead:
         return self.given.rows(rows, self.buffer[:count, : self.vocabulary])
 
     def gradient(self, rows: int) -> Tensor:
-        """Of no use to anybody; the buffer, as it has to be something."""
+        """Never written, since a given teacher is not trained; the kernels want a buffer for each head."""
         return self.buffer[:rows, : self.vocabulary]
 
 

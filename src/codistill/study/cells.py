@@ -76,7 +76,7 @@ def _read(file: Path) -> Cell | None:
 
 
 def _read_from(cell: Cell) -> tuple[Any, Any]:
-    """What of what an arm read its key does not say: the text, and the models from outside."""
+    """The inputs of an arm that are not in its key: the text, and the models from outside."""
     return cell.get("text"), cell.get("outside", {})
 
 

@@ -40,7 +40,7 @@ def is_scored(member: Mapping[str, Any], tasks: tuple[str, ...]) -> bool:
 
 
 def with_scores(cell: dict[str, Any], known: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`cell` with the scores that a `known` one of the same arm, text and models has and it has not."""
+    """`cell`, the scores it lacks taken from `known`, a cell of the same arm, text and models."""
     if known is None or known["failed"] or known["text"] != cell["text"]:
         return cell
     if known.get("outside", {}) != cell.get("outside", {}):
