@@ -44,6 +44,12 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
+def rooms_drawn() -> list[set[str]]:
+    """The words that each line of the picture begins with, from the top, where they are rooms."""
+    page = SOURCE.parents[1] / "docs" / "architecture.md"
+    return [set(line[:24].split()) & set(FLOOR) for line in page.read_text().split("```")[1].splitlines()]
+
+
 def room_of(file: Path) -> str:
     return file.relative_to(SOURCE).parts[0].removesuffix(".py")
 
@@ -69,6 +75,17 @@ def test_imports_point_one_way(file):
     room = room_of(file)
     for other in imported_rooms(file) - {room}:
         assert FLOOR[other] < FLOOR[room], f"{file.name} ({room}) must not import {other}"
+
+
+def test_the_picture_in_the_docs_is_of_these_rooms():
+    """Every room is drawn once, and what it uses is drawn below it or beside it."""
+    lines = rooms_drawn()
+    assert sorted(room for line in lines for room in line) == sorted(FLOOR)
+    height = {room: -number for number, line in enumerate(lines) for room in line}
+    for file in FILES:
+        if (room := room_of(file)) != "__init__":
+            for other in imported_rooms(file) - {room}:
+                assert height[other] <= height[room], f"the picture has {other} above {room}, which uses it"
 
 
 def test_no_import_is_relative():

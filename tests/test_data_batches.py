@@ -351,7 +351,7 @@ def test_bad_settings(corpus, options, message):
 
 
 def test_uneven_shares_are_refused(corpus):
-    with pytest.raises(UserError, match="24: cannot be shared out evenly to 1 micro-batches on 5 ranks"):
+    with pytest.raises(UserError, match="evenly to 1 micro-batches on 5 ranks; choose a multiple of 5"):
         batches(corpus).at(0, world=5)
 
 

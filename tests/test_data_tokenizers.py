@@ -143,7 +143,7 @@ def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["train:wordpiece", "train:wordpiece:many", "train:bpe:32:1"])
 def test_malformed_training_spec(spec):
-    with pytest.raises(UserError, match="expected train:KIND:SIZE"):
+    with pytest.raises(UserError, match="wanted train:KIND:SIZE"):
         parse_training_spec(spec)
 
 

@@ -89,7 +89,7 @@ LOGITS = {
         ({"weight": {"ann": torch.zeros(11, 5)}}, r"weight: members \['ann'\]"),
         ({"weight": {"ann": torch.zeros(11, 4), "bob": torch.zeros(11, 3)}}, r"\(7, 5\) and weight \(11, 4\) do not"),
         ({"weight": {"ann": torch.zeros(16, 5), "bob": torch.zeros(11, 3)}, "bias": {}}, "'ann' has 16 rows, 'bob'"),
-        ({"bias": {"ann": torch.zeros(12)}}, r"member 'ann': bias \(12,\) for weight \(11, 5\)"),
+        ({"bias": {"ann": torch.zeros(12)}}, r"member 'ann': bias \(12,\); wanted \(11,\)"),
         ({"hidden": {"ann": torch.zeros(7, 5), "bob": torch.zeros(7, 3).double()}}, "float64 members and others"),
         ({"chunk_rows": 0}, "chunk_rows: 0; wanted at least 1"),
     ],

@@ -153,5 +153,5 @@ def test_no_mask_token_and_bad_rates():
     for rate in (0, 1, -0.1):
         with pytest.raises(UserError, match=r"objective\.mask_rate"):
             MaskedLM(rate)
-    with pytest.raises(UserError, match=r"data\.length 1"):
+    with pytest.raises(UserError, match=r"data\.length: 1;"):
         MaskedLM().slots(1)

@@ -1,4 +1,4 @@
-"""What the function-preserving ways promise, on real models in float64 with every parameter drawn."""
+"""What the function-preserving methods promise, on real models in float64 with every parameter drawn."""
 
 import pytest
 import torch
@@ -14,25 +14,27 @@ EPSILON = {"bert": {"layer_norm_eps": 1e-15}, "roberta": {"layer_norm_eps": 1e-1
 OFTEN = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-def moved(config, target, seed=0, initial_norms=False, **ways):
+def moved(config, target, seed=0, initial_norms=False, **methods):
     model = drawn(config, seed, initial_norms)
-    return model, build(target, remap_state(model.state_dict(), config, target, **ways))
+    return model, build(target, remap_state(model.state_dict(), config, target, **methods))
 
 
 @st.composite
-def widenings(draw, family, way):
-    """A source and a target that the way can take the one to the other exactly."""
+def widenings(draw, family, method):
+    """A source and a target that the method can take the one to the other exactly."""
     heads, head_width = draw(st.integers(1, 3)), draw(st.sampled_from([4, 6]))
     times = draw(st.integers(1, 3))
-    exact_at_any_width = (way == "zero" and family in ("gpt2", "llama")) or (way == "replicate" and family == "llama")
-    if way == "tile" or not exact_at_any_width:
+    exact_at_any_width = (method == "zero" and family in ("gpt2", "llama")) or (
+        method == "replicate" and family == "llama"
+    )
+    if method == "tile" or not exact_at_any_width:
         inside = draw(st.sampled_from([k for k in (1, 2, 3) if times % k == 0]))
         new_heads, new_head_width = heads * times // inside, head_width * inside
     else:
         inside = draw(st.integers(1, 2)) if family in ROTARY else 1
         new_heads, new_head_width = heads + draw(st.integers(0, 3)), head_width * inside
     ffn = draw(st.integers(3, 8))
-    new_ffn = ffn * draw(st.integers(1, 3)) if way == "tile" else ffn + draw(st.integers(0, 9))
+    new_ffn = ffn * draw(st.integers(1, 3)) if method == "tile" else ffn + draw(st.integers(0, 9))
     layers = draw(st.integers(1, 3))
     sizes = EPSILON.get(family, {}) | {"layers": layers, "width": heads * head_width, "heads": heads, "ffn": ffn}
     new_layers = layers + draw(st.integers(0, 2))
@@ -45,44 +47,44 @@ def widenings(draw, family, way):
     return config_of(family, **sizes), config_of(family, **new)
 
 
-@pytest.mark.parametrize("way", ["replicate", "tile", "zero"])
+@pytest.mark.parametrize("method", ["replicate", "tile", "zero"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_growing_keeps_the_function(family, way):
+def test_growing_keeps_the_function(family, method):
     """Wider by whole multiples (GPT-2 and Llama also between), FFN and depth by anything, at once."""
 
     @OFTEN
-    @given(pair=widenings(family, way), seed=st.integers(0, 99))
+    @given(pair=widenings(family, method), seed=st.integers(0, 99))
     def check(pair, seed):
-        initial = way == "zero" and family in (*POST_NORM, "modernbert")  # exact with gains of 1 only: see below
-        model, new = moved(*pair, seed=seed, initial_norms=initial, width=way, depth="identity")
+        initial = method == "zero" and family in (*POST_NORM, "modernbert")  # exact with gains of 1 only: see below
+        model, new = moved(*pair, seed=seed, initial_norms=initial, width=method, depth="identity")
         # A post-norm identity layer norms what is normed already and so counts ε once more: DistilBERT's is 1e-12.
         assert distance(model, new) < (1e-10 if family == "distilbert" else 1e-12)
 
     check()
 
 
-@pytest.mark.parametrize("way", ["replicate", "tile", "zero"])
+@pytest.mark.parametrize("method", ["replicate", "tile", "zero"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_growing_in_float32_with_the_output_embedding_tied_or_not(family, tied, way):
+def test_growing_in_float32_with_the_output_embedding_tied_or_not(family, tied, method):
     more = {"tie_word_embeddings": tied}
-    initial = way == "zero" and family in (*POST_NORM, "modernbert")
+    initial = method == "zero" and family in (*POST_NORM, "modernbert")
     config, target = config_of(family, **more), config_of(family, 4, 16, 4, 24, **more)
     model = drawn(config, initial_norms=initial).float()
-    new = build(target, remap_state(model.state_dict(), config, target, width=way, depth="identity"), torch.float32)
+    new = build(target, remap_state(model.state_dict(), config, target, width=method, depth="identity"), torch.float32)
     expected, got = model(input_ids=tokens()).logits, new(input_ids=tokens()).logits
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", ["replicate", "zero"])
+@pytest.mark.parametrize("method", ["replicate", "zero"])
 @pytest.mark.parametrize("sizes", [(4, 4), (6, 2), (6, 6), (9, 3), (8, 2)])
-def test_grouped_queries_keep_the_function(sizes, way):
+def test_grouped_queries_keep_the_function(sizes, method):
     """Query and key-value heads grow each on their own; 2 of 4 queries each become any others that hold them."""
     heads, kv_heads = sizes
     config = config_of("llama", width=8, heads=4, num_key_value_heads=2, head_dim=4)
     target = config_of("llama", width=4 * heads, heads=heads, head_dim=8)
     target.num_key_value_heads = kv_heads
-    model, new = moved(config, target, width=way)
+    model, new = moved(config, target, width=method)
     assert distance(model, new) < 1e-12
 
 
@@ -109,11 +111,11 @@ def test_rotary_heads_match_places_by_frequency():
     assert (wide[:2].norm(), wide[2:4].norm()) == (pytest.approx(old[[0, 1]].norm()), 0)
 
 
-@pytest.mark.parametrize("way", ["zero", "replicate", "advanced", "select"])
-def test_distance_where_a_norm_makes_exactness_impossible(way):
+@pytest.mark.parametrize("method", ["zero", "replicate", "advanced", "select"])
+def test_distance_where_a_norm_makes_exactness_impossible(method):
     """Measured, so that a change shows: standard deviations of the logits, the largest of all logits."""
-    target = config_of("bert", 2, 4, 1, 6) if way == "select" else config_of("bert", 2, 12, 3, 20)
-    model, new = moved(config_of("bert"), target, width=way)
+    target = config_of("bert", 2, 4, 1, 6) if method == "select" else config_of("bert", 2, 12, 3, 20)
+    model, new = moved(config_of("bert"), target, width=method)
     assert 1e-2 < distance(model, new) < 10
 
 
@@ -142,15 +144,15 @@ def test_a_post_norm_identity_layer_counts_epsilon_again():
 WIDEN_PAIRS = [("replicate", 1e-12), ("tile", 0.0), ("zero", 1e-12)]
 
 
-@pytest.mark.parametrize(("way", "tolerance"), WIDEN_PAIRS)
+@pytest.mark.parametrize(("method", "tolerance"), WIDEN_PAIRS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_widen_then_narrow(family, way, tolerance):
+def test_widen_then_narrow(family, method, tolerance):
     """Bit by bit for 2 or 4 copies of everything; to rounding where something is divided by 3 or √2."""
     config = config_of(family, width=8, heads=2, ffn=12)
     for target in [config_of(family, width=32, heads=8, ffn=48), config_of(family, width=24, heads=6, ffn=36)]:
         state = drawn(config).state_dict()
-        wide = remap_state(state, config, target, width=way)
-        back = remap_state(wide, target, config, width=way)
+        wide = remap_state(state, config, target, width=method)
+        back = remap_state(wide, target, config, width=method)
         power_of_two = target.hidden_size == 32
         for name in state:
             bound = 0.0 if power_of_two else 1e-14
@@ -196,12 +198,12 @@ def test_a_layer_that_becomes_the_first_takes_its_norm_along():
     torch.testing.assert_close(new["model.layers.0.attn.Wqkv.weight"], expected)
 
 
-@pytest.mark.parametrize("way", ["replicate", "zero"])
+@pytest.mark.parametrize("method", ["replicate", "zero"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_everything_new_can_learn(family, way):
+def test_everything_new_can_learn(family, method):
     """After three steps every parameter has moved, except those that never do."""
     config, target = config_of(family), config_of(family, 3, 16, 4, 24)
-    _, new = moved(config, target, width=way, depth="identity")
+    _, new = moved(config, target, width=method, depth="identity")
     before = {name: parameter.detach().clone() for name, parameter in new.named_parameters()}
     optimizer = torch.optim.SGD(new.parameters(), lr=0.1)
     ids = tokens(batch=8)

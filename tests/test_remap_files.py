@@ -145,7 +145,7 @@ def test_sources_that_are_no_model(tmp_path):
     whole = weights.read_bytes()
     cases = [
         (tmp_path / "nowhere", config_of("bert"), r"nowhere: no such file"),
-        (tmp_path / "small", {"model_type": "t5"}, r"'t5' is not described: choose one of bert, roberta"),
+        (tmp_path / "small", {"model_type": "t5"}, r"'t5' is not described; choose one of bert, roberta"),
         (tmp_path / "small", {"model_type": "llama", "hidden_size": 9, "num_attention_heads": 2}, r"not valid: .*9"),
     ]
     for folder, target, message in cases:

@@ -103,7 +103,7 @@ def test_what_cannot_be_learned():
     state = drawn(config).state_dict()
     with pytest.raises(UserError, match=r"cannot take width from 8 to 4"):
         learn_growth(state, config, config_of("bert", 2, 4, 1, 12), lambda _: torch.tensor(0.0))
-    with pytest.raises(UserError, match=r"the loss is nan at step 0 of 100: choose a smaller lr than"):
+    with pytest.raises(UserError, match=r"the loss is nan at step 0 of 100; choose a smaller lr than"):
         learn_growth(state, config, config_of("bert", 3), lambda _: torch.tensor(float("nan")))
 
 

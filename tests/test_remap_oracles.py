@@ -1,4 +1,4 @@
-"""Each way against its paper's equation, written out with explicit matrices and loops."""
+"""Each method against its paper's equation, written out with explicit matrices and loops."""
 
 import numpy as np
 import pytest
@@ -28,9 +28,9 @@ def bert(layers=2, width=8, heads=2, ffn=6):
     return config, {name: tensor.numpy() for name, tensor in drawn(config).state_dict().items()}
 
 
-def remapped(state, config, target, **ways):
+def remapped(state, config, target, **methods):
     state = {name: torch.from_numpy(tensor) for name, tensor in state.items()}
-    return {name: tensor.numpy() for name, tensor in remap_state(state, config, target, **ways).items()}
+    return {name: tensor.numpy() for name, tensor in remap_state(state, config, target, **methods).items()}
 
 
 def copy_matrix(units, narrow):
@@ -241,17 +241,17 @@ def test_fewer_key_value_heads_are_their_groups_means():
 BERT = ("bert", 2, 8, 2, 12)
 BAD = [
     (BERT, ("bert", 2, 16, 4, 12), {}, r"choose a method.*2 layers × 8.*2 layers × 16"),
-    (BERT, ("bert", 3, 8, 2, 12), {}, r"2 layers and the target 3: choose repeat-last, stack"),
-    (BERT, ("bert", 3, 8, 2, 12), {"depth": "first"}, r"'first' cannot take 2 layers to 3: choose repeat-last"),
-    (BERT, ("bert", 1, 8, 2, 12), {"depth": "stack"}, r"'stack' cannot take 2 layers to 1: choose first"),
-    (BERT, ("bert", 1, 8, 2, 12), {"depth": "stach"}, r"'stach' is not a way; choose repeat-last"),
+    (BERT, ("bert", 3, 8, 2, 12), {}, r"2 layers and the target 3; choose repeat-last, stack"),
+    (BERT, ("bert", 3, 8, 2, 12), {"depth": "first"}, r"'first' cannot take 2 layers to 3; choose repeat-last"),
+    (BERT, ("bert", 1, 8, 2, 12), {"depth": "stack"}, r"'stack' cannot take 2 layers to 1; choose first"),
+    (BERT, ("bert", 1, 8, 2, 12), {"depth": "stach"}, r"'stach' is no method; choose repeat-last"),
     (BERT, ("bert", 2, 8, 2, 12), {"depth": [1, 1]}, r"names layer 1 twice"),
     (BERT, ("bert", 2, 8, 2, 12), {"depth": [0, 2]}, r"0 to 1, and no layer 2"),
     (BERT, ("bert", 2, 8, 2, 12), {"depth": [0]}, r"names 1 layers and the target has 2"),
     (BERT, ("bert", 2, 12, 3, 12), {"width": "tile"}, r"whole multiples, and width goes from 8 to 12.*replicate"),
-    (BERT, ("bert", 2, 16, 4, 12), {"width": "select"}, r"cannot take width from 8 to 16: choose replicate.*× 8.*× 16"),
-    (BERT, ("bert", 2, 4, 1, 12), {"width": "advanced"}, r"cannot take width from 8 to 4: choose select.*× 8.*× 4"),
-    (BERT, ("bert", 2, 16, 4, 12), {"width": "wide"}, r"'wide' is not a way; choose replicate"),
+    (BERT, ("bert", 2, 16, 4, 12), {"width": "select"}, r"cannot take width from 8 to 16; choose replicate.*× 8.*× 16"),
+    (BERT, ("bert", 2, 4, 1, 12), {"width": "advanced"}, r"cannot take width from 8 to 4; choose select.*× 8.*× 4"),
+    (BERT, ("bert", 2, 16, 4, 12), {"width": "wide"}, r"'wide' is no method; choose replicate"),
     (BERT, ("bert", 2, 16, 1, 12), {"width": "tile"}, r"must all grow or all shrink.*2 heads of 4.*1 heads of 16"),
     (BERT, ("bert", 2, 16, 4, 12), {"width": "zero", "noise": 0.1}, r"noise goes with width replicate or tile"),
     (BERT, ("roberta", 2, 8, 2, 12), {}, r"a bert cannot become a roberta"),
@@ -259,11 +259,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("before", "after", "ways", "message"), BAD)
-def test_shapes_that_cannot_map(before, after, ways, message):
+@pytest.mark.parametrize(("before", "after", "methods", "message"), BAD)
+def test_shapes_that_cannot_map(before, after, methods, message):
     config = config_of(*before)
     with pytest.raises(UserError, match=message):
-        remap_state(drawn(config).state_dict(), config, config_of(*after), **ways)
+        remap_state(drawn(config).state_dict(), config, config_of(*after), **methods)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from remap_models import FAMILIES, build, config_of, drawn, logits, one_thread  
 
 PAGE = Path(__file__).parents[1] / "docs" / "remap.md"
 SOURCE = {"layers": 2, "width": 32, "heads": 4, "ffn": 48}
-# What it says in the table, what changes in the source and in the target, the ways, and whether norms are as at first.
+# What it says in the table, what changes in the source and the target, the methods, and whether norms are as at first.
 ROWS = [
     ("`replicate`, width × 2, more heads", {}, {"width": 64, "heads": 8, "ffn": 96}, {"width": "replicate"}),
     ("`replicate`, width × 2, wider heads", {}, {"width": 64, "ffn": 96}, {"width": "replicate"}),
@@ -39,11 +39,11 @@ ROWS = [
 
 def measured(family, row):
     """The root mean square difference of the logits in standard deviations, or `exact` if none is over 1e-11."""
-    label, before, after, ways = row
+    label, before, after, methods = row
     config, target = config_of(family, **SOURCE | before), config_of(family, **SOURCE | after)
     model = drawn(config, initial_norms="as initialised" in label)
     expected = logits(model)
-    difference = logits(build(target, remap_state(model.state_dict(), config, target, **ways))) - expected
+    difference = logits(build(target, remap_state(model.state_dict(), config, target, **methods))) - expected
     if difference.abs().max() < 1e-11 * expected.std():
         return "exact"
     return f"{(difference.pow(2).mean().sqrt() / expected.std()).item():.2g}"

@@ -3,7 +3,7 @@
     python benchmarks/remapping/curves.py WEAK NARROW TEXT VALIDATION > curves.yaml && codistill train curves.yaml
 
 The starts are random, repeat-last, stack, interpolate and replicate. WEAK is a trained model of 4 layers × 128
-(teacher, and source of the depth ways), NARROW one of 6 layers × 64 (source of `replicate`), both with one tokenizer.
+(teacher, and source of the depth methods), NARROW one of 6 layers × 64 (source of `replicate`), with one tokenizer.
 All twenty students of 6 layers × 128 see the same batches in one cohort. Prints the configuration; a first look, one
 run each: the study with seeds is another matter.
 """

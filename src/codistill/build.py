@@ -258,8 +258,12 @@ def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) ->
 def _check_fits(run: Run, name: str, model: PreTrainedModel, vocabulary: int) -> None:
     if model.config.vocab_size < vocabulary:
         raise UserError(
-            f"members.{name}.path: the model knows {model.config.vocab_size} tokens, the tokenizer {vocabulary}"
+            f"members.{name}.path: the model knows {model.config.vocab_size} tokens, the tokenizer {vocabulary}; "
+            "name the one that it was trained with in data.tokenizer"
         )
     positions = longest(model)
     if positions is not None and positions < run.data.length:
-        raise UserError(f"data.length: {run.data.length} is more than the {positions} positions of members.{name}")
+        raise UserError(
+            f"data.length: {run.data.length} is more than the {positions} positions of members.{name}; "
+            f"give at most {positions}"
+        )

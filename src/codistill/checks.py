@@ -18,7 +18,8 @@ def check_whole(run: Run) -> None:
     below = next((edge.kind for edge in run.distillation if edge.kind != "logits"), None)
     if run.compile and below:
         raise UserError(
-            f"compile: edges of kind {below} look into layers as they run, which compiled ones do not allow"
+            f"compile: edges of kind {below} look into layers as they run, which compiled ones do not allow; "
+            "set compile: false, or leave those edges out"
         )
     pairs = [(edge.teacher, edge.student, edge.kind) for edge in run.distillation]
     for index, pair in enumerate(pairs):
@@ -28,9 +29,10 @@ def check_whole(run: Run) -> None:
             )
     if run.batch.sequences % run.batch.accumulate:
         raise UserError(
-            f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch"
+            f"batch.accumulate: {run.batch.accumulate} does not divide the {run.batch.sequences} sequences of a batch; "
+            "choose a divisor"
         )
-    if run.objective.name == "mlm" and round(run.objective.mask_rate * run.data.length) < 1:
+    if run.objective.rows_of(run.data.length) < 1:
         raise UserError(
             f"objective.mask_rate: {run.objective.mask_rate} of {run.data.length} tokens rounds to no predicted row; "
             "raise it, or data.length"
@@ -49,7 +51,8 @@ def _check_member(name: str, member: Any, run: Run) -> None:
         raise UserError(f"members.{name}.init: `learned` finds the widths itself; leave width and noise out")
     if member.cached is not None and not member.frozen:
         raise UserError(
-            f"members.{name}.cached: {name} is trained, and only a frozen member's outputs stay as they are"
+            f"members.{name}.cached: {name} is trained, and only a frozen member's outputs stay as they are; "
+            "add frozen: true, or leave cached out"
         )
     if member.gradient_checkpointing and member.frozen:
         raise UserError(f"members.{name}.gradient_checkpointing: a frozen member keeps no activations; leave it out")

@@ -296,9 +296,13 @@ def _check(members: Sequence[Member], edges: Sequence[Distillation], ranks: Rank
     for edge in edges:
         for name in (edge.teacher, edge.student):
             if name not in names:
-                raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: no member {name!r}; there are {names}")
+                raise UserError(
+                    f"edge {edge.teacher!r} -> {edge.student!r}: no member {name!r}; there are {', '.join(names)}"
+                )
         if edge.student not in trained:
-            raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: {edge.student!r} is frozen and cannot learn")
+            raise UserError(
+                f"edge {edge.teacher!r} -> {edge.student!r}: {edge.student!r} is frozen; leave the edge out"
+            )
         if edge.kind == "relation" and ranks.engine == "fsdp2":
             raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: relation edges need ddp or single, not fsdp2")
     kinds = [edge.name for edge in edges]

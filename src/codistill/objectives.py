@@ -143,12 +143,12 @@ class MaskedLM:
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_rate < 1:
-            raise UserError(f"objective.mask_rate {self.mask_rate}: expected a number above 0 and below 1")
+            raise UserError(f"objective.mask_rate: {self.mask_rate}; wanted a number above 0 and below 1")
 
     def slots(self, length: int) -> int:
         """Predicted rows of a sequence of `length` positions; UserError below two positions."""
         if length < 2:
-            raise UserError(f"data.length {length}: expected at least 2 positions")
+            raise UserError(f"data.length: {length}; wanted at least 2 positions")
         return min(max(1, round(self.mask_rate * length)), length - 1)
 
     def batch(
@@ -231,7 +231,7 @@ class CausalLM:
         inputs of the backbone, passed on. UserError below two positions."""
         length = ids_BT.shape[1]
         if length < 2:
-            raise UserError(f"data.length {length}: expected at least 2 positions")
+            raise UserError(f"data.length: {length}; wanted at least 2 positions")
         tensors = {"input_ids": ids_BT, **(inputs or {})}
         filled_BK = np.arange(1, length) < lengths_B[:, None]
         if "position_ids" in tensors:

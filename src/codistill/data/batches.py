@@ -82,7 +82,10 @@ class Batches:
         micro, rest = divmod(self.sequences, self.accumulate * world)
         if rest or not micro:
             shares = f"{self.accumulate} micro-batches on {world} ranks"
-            raise UserError(f"batch.sequences {self.sequences}: cannot be shared out evenly to {shares}")
+            raise UserError(
+                f"batch.sequences: {self.sequences} cannot be shared out evenly to {shares}; choose a multiple of "
+                f"{self.accumulate * world}"
+            )
         first = step * self.sequences + rank * micro
         firsts = [first + i * world * micro for i in range(self.accumulate)]
         return [self.beside(first, self._micro(first, micro)) for first in firsts]

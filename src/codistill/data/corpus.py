@@ -199,4 +199,6 @@ def _verify(folder: Path, manifest: dict) -> None:
             largest = int(shard[start : start + _CHUNK].max())
             if largest >= vocabulary:
                 path = folder / shard_files(number)[0]
-                raise UserError(f"{path}: holds the id {largest}, but the vocabulary has {vocabulary} entries")
+                raise UserError(
+                    f"{path}: holds the id {largest}, but the vocabulary has {vocabulary} entries; prepare it again"
+                )

@@ -23,6 +23,7 @@ from codistill.data.units import Fragment
 from codistill.errors import MachineError
 
 BLOCK_CHARACTERS = 1 << 19
+_AGAIN = "run the same command again: it goes on from the last finished shard"
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,18 @@ class _Worker:
         try:
             return Block(*pickle.load(self.output))
         except (EOFError, pickle.UnpicklingError) as error:
-            raise MachineError(f"prepare: a worker process died (exit status {self.process.wait()})") from error
+            raise MachineError(
+                f"prepare: a worker process died (exit status {self.process.wait()}); {_AGAIN}"
+            ) from error
 
     def send(self, message: object) -> None:
         try:
             pickle.dump(message, self.input, protocol=pickle.HIGHEST_PROTOCOL)
             self.input.flush()
         except BrokenPipeError as error:
-            raise MachineError(f"prepare: a worker process died (exit status {self.process.wait()})") from error
+            raise MachineError(
+                f"prepare: a worker process died (exit status {self.process.wait()}); {_AGAIN}"
+            ) from error
 
     def __enter__(self) -> _Worker:
         return self

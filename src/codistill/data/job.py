@@ -56,11 +56,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name, known in (("unit", UNITS), ("bad_utf8", ("refuse", "replace"))):
             if getattr(self, name) not in known:
-                raise UserError(f"{name} {getattr(self, name)!r}: unknown; there are {', '.join(known)}")
+                raise UserError(f"{name}: {getattr(self, name)!r} is unknown; there are {', '.join(known)}")
         if self.keep_every < 1:
-            raise UserError(f"keep_every {self.keep_every}: expected a whole number of at least 1")
+            raise UserError(f"keep_every: {self.keep_every}; wanted a whole number of at least 1")
         if not 0 <= self.held_out < 1:
-            raise UserError(f"held_out {self.held_out}: expected a share of the documents, at least 0 and below 1")
+            raise UserError(f"held_out: {self.held_out}; wanted a share of the documents, at least 0 and below 1")
 
     def parts(self) -> list[tuple[str, tuple[float, float]]]:
         """The names of the corpora that are made, and which documents go there, by content hash."""

@@ -29,7 +29,7 @@ class Packed:
         self.start, self.length = vocabulary.start, length
         body = length - (self.start is not None)
         if body < 1:
-            raise UserError(f"data.length {length}: expected at least 2 positions")
+            raise UserError(f"data.length: {length}; wanted at least 2 positions")
         counts = [len(tokens) // body for tokens in corpus.shards]
         self.shards = [tokens[: n * body].reshape(n, body) for tokens, n in zip(corpus.shards, counts, strict=True)]
         self.firsts = np.cumsum([0, *counts])
@@ -52,11 +52,13 @@ class Padded:
 
     def __init__(self, corpus: Corpus, vocabulary: Vocabulary, length: int):
         if vocabulary.pad is None:
-            raise UserError("data.packing padded: the tokenizer has no padding token")
+            raise UserError(
+                "data.packing: padded; the tokenizer has no padding token: give one that has, or packing: contiguous"
+            )
         self.corpus, self.length, self.vocabulary = corpus, length, vocabulary
         self.starts = int(vocabulary.start is not None)
         if length < self.starts + 2:
-            raise UserError(f"data.length {length}: expected at least {self.starts + 2} positions")
+            raise UserError(f"data.length: {length}; wanted at least {self.starts + 2} positions")
         self.firsts = np.cumsum([0, *(len(ends) for ends in corpus.unit_ends)])
         self.num_rows = int(self.firsts[-1])
 

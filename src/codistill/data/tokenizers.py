@@ -62,7 +62,7 @@ def parse_training_spec(spec: str) -> tuple[str, int]:
     """("wordpiece", 30522) of "train:wordpiece:30522"; UserError for anything else."""
     parts = spec.split(":")
     if len(parts) != 3 or not parts[2].isdecimal():
-        raise UserError(f"tokenizer {spec}: expected train:KIND:SIZE, such as train:wordpiece:30522 or train:bpe:32000")
+        raise UserError(f"tokenizer {spec}: wanted train:KIND:SIZE, such as train:wordpiece:30522 or train:bpe:32000")
     return parts[1], int(parts[2])
 
 
@@ -142,7 +142,8 @@ def separator_of(tokenizer: PreTrainedTokenizerFast) -> int:
     found = _first(tokenizer.sep_token_id, tokenizer.eos_token_id)
     if found is None:
         raise UserError(
-            f"tokenizer {tokenizer.name_or_path or '?'}: no [SEP] and no end-of-text token to part texts with"
+            f"tokenizer {tokenizer.name_or_path or '?'}: no [SEP] and no end-of-text token to part texts with; "
+            "give one that has"
         )
     return found
 
@@ -180,7 +181,7 @@ def _pretrained(spec: str) -> PreTrainedTokenizerFast:
         reason = first_line(error)
         raise UserError(f"tokenizer {spec}: no vocabulary file, tokenizer folder or hub name ({reason})") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"tokenizer {spec}: it has no fast version (tokenizer.json)")
+        raise UserError(f"tokenizer {spec}: it has no fast version; save it with a tokenizer.json")
     # transformers makes a tokenizer of special tokens alone from a model's configuration.
     if not set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids):
         raise UserError(f"tokenizer {spec}: it has no vocabulary; name the tokenizer that the model was trained with")

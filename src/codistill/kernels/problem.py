@@ -156,7 +156,7 @@ def _check_shapes(member: str, hidden: Tensor, weight: Tensor | None, bias: Tens
     if hidden.shape[0] != rows:
         raise UserError(f"member {member!r}: {hidden.shape[0]} rows of features for {rows} labels; wanted as many")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise UserError(f"member {member!r}: bias {tuple(bias.shape)} for weight {tuple(weight.shape)}")
+        raise UserError(f"member {member!r}: bias {tuple(bias.shape)}; wanted ({len(weight)},)")
     if not (hidden.is_floating_point() and weight.is_floating_point()):
         raise UserError(f"member {member!r}: {hidden.dtype} features and {weight.dtype} weight; wanted floating types")
 

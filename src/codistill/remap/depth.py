@@ -33,10 +33,10 @@ class LayerPlan:
     output_norm: int | None = None
 
 
-def plan_layers(way: str | Sequence[int] | None, source: int, target: int) -> list[LayerPlan]:
-    """The plan of each of `target` layers from `source` layers. Raises `UserError` where the way cannot do that."""
-    chosen = layer_map(way, source, target)
-    if way != "identity":
+def plan_layers(method: str | Sequence[int] | None, source: int, target: int) -> list[LayerPlan]:
+    """The plan of each of `target` layers from `source` layers. Raises `UserError` where the method cannot do that."""
+    chosen = layer_map(method, source, target)
+    if method != "identity":
         return [LayerPlan(layer, output_norm=layer) for layer in chosen]
     # A post-norm layer ends with a norm of gain g and bias b. A norm of what another norm without gain and bias has
     # normed changes nothing, so the last g and b move past the added layers, and back when they are taken away.
@@ -46,24 +46,24 @@ def plan_layers(way: str | Sequence[int] | None, source: int, target: int) -> li
     return plans
 
 
-def layer_map(way: str | Sequence[int] | None, source: int, target: int) -> list[int]:
-    """The source layer of each target layer. Raises `UserError` where the way cannot do that."""
-    if way is None:
+def layer_map(method: str | Sequence[int] | None, source: int, target: int) -> list[int]:
+    """The source layer of each target layer. Raises `UserError` where the method cannot do that."""
+    if method is None:
         if source != target:
-            raise UserError(f"depth: the source has {source} layers and the target {target}: {_hint(source, target)}")
+            raise UserError(f"depth: the source has {source} layers and the target {target}; {_hint(source, target)}")
         return list(range(target))
-    if not isinstance(way, str):
-        return _listed(list(way), source, target)
-    if way not in (*DEEPEN, *SHRINK):
-        ways = ", ".join(dict.fromkeys((*DEEPEN, *SHRINK)))
-        raise UserError(f"depth: {way!r} is not a way; choose {ways} or a list of source layers")
-    if (target > source and way not in DEEPEN) or (target < source and way not in SHRINK):
-        raise UserError(f"depth: {way!r} cannot take {source} layers to {target}: {_hint(source, target)}")
-    return [_from(way, i, source, target) for i in range(target)]
+    if not isinstance(method, str):
+        return _listed(list(method), source, target)
+    if method not in (*DEEPEN, *SHRINK):
+        methods = ", ".join(dict.fromkeys((*DEEPEN, *SHRINK)))
+        raise UserError(f"depth: {method!r} is no method; choose {methods} or a list of source layers")
+    if (target > source and method not in DEEPEN) or (target < source and method not in SHRINK):
+        raise UserError(f"depth: {method!r} cannot take {source} layers to {target}; {_hint(source, target)}")
+    return [_from(method, i, source, target) for i in range(target)]
 
 
-def _from(way: str, i: int, source: int, target: int) -> int:
-    match way:
+def _from(method: str, i: int, source: int, target: int) -> int:
+    match method:
         case "stack":
             return i % source
         case "interpolate":
@@ -78,14 +78,14 @@ def _from(way: str, i: int, source: int, target: int) -> int:
 
 def _listed(layers: list[int], source: int, target: int) -> list[int]:
     if len(layers) != target:
-        raise UserError(f"depth: {layers} names {len(layers)} layers and the target has {target}: name one for each")
+        raise UserError(f"depth: {layers} names {len(layers)} layers and the target has {target}; name one for each")
     if wrong := [layer for layer in layers if layer not in range(source)]:
         raise UserError(f"depth: the source has {source} layers, 0 to {source - 1}, and no layer {wrong[0]}")
     twice = [layer for layer in layers if layers.count(layer) > 1]
     if twice and target <= source:
         raise UserError(
             f"depth: {layers} names layer {twice[0]} twice, and the source's {source} layers are enough "
-            f"for the target's {target}: name each layer once"
+            f"for the target's {target}; name each layer once"
         )
     return layers
 

@@ -41,9 +41,9 @@ def remap_folder(
     Raises `UserError` for shapes that cannot map, for a source that is no such folder, and if `out` exists.
     """
     before, after = read_config(source), read_config(to)
-    ways = {"depth": depth, "width": width, "seed": seed, "noise": noise}
+    methods = {"depth": depth, "width": width, "seed": seed, "noise": noise}
     with new_folder(Path(out)) as folder:
-        tensors = remapped(open_source(Path(source), before), before, after, **ways)  # type: ignore[arg-type]
+        tensors = remapped(open_source(Path(source), before), before, after, **methods)  # type: ignore[arg-type]
         dtype = write_shards(folder, tensors, shard_bytes)
         config = copy.deepcopy(after)
         config.architectures, config.dtype = [describe(after).model_class], dtype
@@ -81,7 +81,7 @@ def read_config(given: Path | str | Mapping[str, Any] | Any) -> Any:
         return given
     family = given.get("model_type")
     if family not in ARCHITECTURES:
-        raise UserError(f"model_type: {family!r} is not described: choose one of {', '.join(ARCHITECTURES)}")
+        raise UserError(f"model_type: {family!r} is not described; choose one of {', '.join(ARCHITECTURES)}")
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
@@ -176,6 +176,6 @@ def _name_shards(folder: Path, shards: list[list[str]], total: int) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out` that becomes `out` when the block ends well. Raises `UserError` if there is one already."""
     if out.exists():
-        raise UserError(f"{out} exists already: choose a new folder, nothing is overwritten")
+        raise UserError(f"{out} exists already; choose a new folder, nothing is overwritten")
     with atomic_folder(out) as folder:
         yield folder

@@ -17,12 +17,12 @@ from codistill.remap.architectures import Shape
 from codistill.remap.maps import Map, Selection, balanced, copies, first_copies, matched, picked, unit_map
 
 
-def head_units(way: str, narrow: Shape, wide: Shape, seed: int) -> tuple[Tensor, Tensor]:
+def head_units(method: str, narrow: Shape, wide: Shape, seed: int) -> tuple[Tensor, Tensor]:
     """The narrow model's (query, key-value) head of each head of the wide one.
 
     Raises `UserError` if no copy of some query head can sit with a copy of its key-value head.
     """
-    kv = matched(way, narrow.kv_heads, wide.kv_heads, seed)
+    kv = matched(method, narrow.kv_heads, wide.kv_heads, seed)
     group, wide_group = narrow.heads // narrow.kv_heads, wide.heads // wide.kv_heads
     nth_copy = torch.tensor([(kv[:i] == head).sum().item() for i, head in enumerate(kv)])
     slots = nth_copy[:, None] * wide_group + torch.arange(wide_group)
@@ -44,39 +44,39 @@ def inside(heads: Tensor, units: Tensor, width: int) -> Tensor:
     return (heads[:, None] * width + units[None, :]).flatten()
 
 
-def head_maps(way: str, narrow: Shape, wide: Shape, seed: int, ratio: int | None) -> dict[str, Map]:
+def head_maps(method: str, narrow: Shape, wide: Shape, seed: int, ratio: int | None) -> dict[str, Map]:
     """The maps of query, key, value and attended. `ratio`: of rotary places (see `rotary_ratio`), None without."""
-    query_heads, kv_heads = head_units(way, narrow, wide, seed)
+    query_heads, kv_heads = head_units(method, narrow, wide, seed)
     d, wide_d = narrow.head_width, wide.head_width
-    plain = matched(way, d, wide_d, seed)
+    plain = matched(method, d, wide_d, seed)
     turning = plain if ratio is None else rotary_units(d, wide_d, ratio)
     # Places that turn unlike any of the narrow model's, and padding, count for nothing in q·k: their queries are 0.
-    counts = first_copies(turning, d).double() if way == "zero" or ratio else torch.ones(wide_d, dtype=torch.float64)
-    share = counts if way == "zero" or ratio else 1 / copies(turning, d)
+    counts = first_copies(turning, d).double() if method == "zero" or ratio else torch.ones(wide_d, dtype=torch.float64)
+    share = counts if method == "zero" or ratio else 1 / copies(turning, d)
     stretch = math.sqrt(wide_d / d)
     query = inside(query_heads, turning, d), (stretch * share).repeat(wide.heads), counts.repeat(wide.heads)
     key = inside(kv_heads, turning, d), torch.ones(wide.units("key"), dtype=torch.float64), counts.repeat(wide.kv_heads)
     return {
-        "query": _first_only(way, balanced(*query, narrow.units("query"))),
-        "key": _first_only(way, balanced(*key, narrow.units("key"))),
-        "value": unit_map(way, inside(kv_heads, plain, d), narrow.units("value")),
-        "attended": unit_map(way, inside(query_heads, plain, d), narrow.units("attended")),
+        "query": _first_only(method, balanced(*query, narrow.units("query"))),
+        "key": _first_only(method, balanced(*key, narrow.units("key"))),
+        "value": unit_map(method, inside(kv_heads, plain, d), narrow.units("value")),
+        "attended": unit_map(method, inside(query_heads, plain, d), narrow.units("attended")),
     }
 
 
-def _first_only(way: str, space: Map) -> Map:
+def _first_only(method: str, space: Map) -> Map:
     """Under `zero` only the first copy of a head counts when the model is narrowed again."""
-    if way != "zero":
+    if method != "zero":
         return space
     return balanced(space.units, space.write, first_copies(space.units, space.narrow).double(), space.narrow)
 
 
-def head_selections(way: str, source: Shape, target: Shape, ratio: int | None) -> dict[str, Selection]:
+def head_selections(method: str, source: Shape, target: Shape, ratio: int | None) -> dict[str, Selection]:
     """Weight selection of key-value heads, of query heads within their group, and of units within a head."""
     group, target_group = source.heads // source.kv_heads, target.heads // target.kv_heads
-    kv = picked(way, source.kv_heads, target.kv_heads)
-    query = inside(kv, picked(way, group, target_group), group)
-    plain = picked(way, source.head_width, target.head_width)
+    kv = picked(method, source.kv_heads, target.kv_heads)
+    query = inside(kv, picked(method, group, target_group), group)
+    plain = picked(method, source.head_width, target.head_width)
     turning = plain if ratio is None else rotary_selection(source.head_width, target.head_width, ratio)
     chosen = {"query": (query, turning), "key": (kv, turning), "value": (kv, plain), "attended": (query, plain)}
     return {
@@ -108,7 +108,7 @@ def rotary_ratio(narrow: Any, wide: Any, narrow_width: int, wide_width: int) -> 
     if len(ratios) == 1 and (ratio := ratios.pop()):
         return ratio
     raise UserError(
-        f"width: rotary heads of {narrow_width} and of {wide_width} units do not turn at common frequencies: choose a "
+        f"width: rotary heads of {narrow_width} and of {wide_width} units do not turn at common frequencies; choose a "
         f"head width that is a whole multiple, with the same rope_theta and default rope, or keep {narrow_width}"
     )
 

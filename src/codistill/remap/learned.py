@@ -6,7 +6,7 @@ wide as the residual stream share one; what reads a space uses the transpose of 
 the map that writes. Each tensor of a layer has its own w.
 
 Two things differ from the paper's description, so that training starts at a model that works: the maps start as those
-of `replicate` and w as a depth way, and what reads a space divides by the number of copies `replicate` starts with.
+of `replicate` and w as a depth method, and what reads a space divides by the number of copies `replicate` starts with.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +55,7 @@ def learn_growth(
         loss = loss_of(growth.state(parameters))
         if not loss.isfinite():
             raise UserError(
-                f"learned: the loss is {loss.item()} at step {step} of {steps}: choose a smaller lr than {lr}"
+                f"learned: the loss is {loss.item()} at step {step} of {steps}; choose a smaller lr than {lr}"
             )
         optimizer.zero_grad()
         loss.backward()

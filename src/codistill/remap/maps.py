@@ -6,15 +6,12 @@ alike. Every unit of the wide model is matched with one of the narrow model, so 
 Going from wide to narrow swaps them: R_out W E_in. `docs/remap.md` has the equations and where they come from.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from codistill.seeds import seed_of
-
-Step = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -141,13 +138,13 @@ def copies(units: Tensor, narrow: int) -> Tensor:
     return torch.bincount(units, minlength=narrow)[units].double()
 
 
-def matched(way: str, narrow: int, wide: int, seed: int) -> Tensor:
+def matched(method: str, narrow: int, wide: int, seed: int) -> Tensor:
     """The narrow unit of each wide one: the units in order, then further copies, as evenly as possible.
 
     `replicate` and `advanced` draw the further copies at random (Net2Net), in shuffled rounds, so that a whole multiple
-    copies every unit equally often and keeps a norm's mean and variance; the other ways repeat the units in order.
+    copies every unit equally often and keeps a norm's mean and variance; the other methods repeat the units in order.
     """
-    if way not in ("replicate", "advanced"):
+    if method not in ("replicate", "advanced"):
         return torch.arange(wide) % narrow
     rounds = [torch.arange(narrow)]
     generator = torch.Generator().manual_seed(seed_of(seed, "remap", narrow, wide))
@@ -156,9 +153,9 @@ def matched(way: str, narrow: int, wide: int, seed: int) -> Tensor:
     return torch.cat(rounds)[:wide]
 
 
-def picked(way: str, source: int, target: int) -> Tensor:
+def picked(method: str, source: int, target: int) -> Tensor:
     """The source units that weight selection keeps: evenly spaced (`select`) or the first (`select-first`)."""
-    if way == "select-first":
+    if method == "select-first":
         return torch.arange(target)
     if source % target == 0:
         return torch.arange(target) * (source // target)
@@ -171,28 +168,28 @@ def balanced(units: Tensor, write: Tensor, keep: Tensor, narrow: int) -> Map:
     return Map(units, write, keep / total[units], keep, torch.ones_like(write), narrow)
 
 
-def unit_map(way: str, units: Tensor, narrow: int) -> Map:
+def unit_map(method: str, units: Tensor, narrow: int) -> Map:
     """A space with nothing but a pointwise function between writing and reading it, such as the feed-forward units.
 
     Copies share their fan-out equally; under `zero` the first copy keeps it all, and the others, which write what
     nobody reads yet, can learn at once (a unit neither written nor read has no gradient).
     """
     one = torch.ones(len(units), dtype=torch.float64)
-    keep = first_copies(units, narrow).double() if way == "zero" else one
+    keep = first_copies(units, narrow).double() if method == "zero" else one
     return balanced(units, one, keep, narrow)
 
 
-def stream_maps(way: str, units: Tensor, narrow: int, *, centring: bool, tied: bool) -> dict[str, Map]:
+def stream_maps(method: str, units: Tensor, narrow: int, *, centring: bool, tied: bool) -> dict[str, Map]:
     """The four spaces as wide as the residual stream: stream, normed, head and features.
 
     A tied output embedding is read with what wrote the input embedding, E, and not with R: what is left over is taken
     up by the gain and bias of the norm before it, Eᵀ F = I for what writes the features.
     """
-    plain = unit_map(way, units, narrow)
+    plain = unit_map(method, units, narrow)
     # n of n' units: times √(n'/n), the stream has the old mean square (with the mean in the added units, also the old
     # variance) and a norm's ε weighs what it weighed.
     scale = torch.full_like(plain.write, (len(units) / narrow) ** 0.5)
-    if way == "zero":
+    if method == "zero":
         return _silent_maps(plain, scale, centring=centring, tied=tied)
     features = replace(plain, write=plain.read, read=plain.write) if tied else plain
     stream = plain

@@ -78,7 +78,7 @@ def check_pair(source: Any, target: Any) -> Architecture:
     before, after = shape_of(source), shape_of(target)
     shapes = f"source: {source.model_type}, {before}; target: {target.model_type}, {after}"
     if source.model_type != target.model_type:
-        raise UserError(f"a {source.model_type} cannot become a {target.model_type}: choose one family ({shapes})")
+        raise UserError(f"a {source.model_type} cannot become a {target.model_type}; choose one family ({shapes})")
     if before.vocabulary != after.vocabulary:
         raise UserError(
             f"the vocabulary is {before.vocabulary} in the source and {after.vocabulary} in the target: "
@@ -86,7 +86,7 @@ def check_pair(source: Any, target: Any) -> Architecture:
         )
     for name in ("types",) if architecture.rotary else ("positions", "types"):
         if (given := getattr(before, name)) < (wanted := getattr(after, name)):
-            raise UserError(f"the source has {given} {name} and the target {wanted}: choose at most {given} ({shapes})")
+            raise UserError(f"the source has {given} {name} and the target {wanted}; choose at most {given} ({shapes})")
     _check_fields(architecture, source, target)
     return architecture
 

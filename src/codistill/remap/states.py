@@ -32,7 +32,7 @@ def remap_state(
 
     `source` and `target` are Hugging Face configurations of one family; the states are those of its masked-LM or
     causal-LM class, and the result loads strictly (tied tensors are named twice and are one). `depth` and `width` are
-    ways (see `codistill.remap.depth` and `.width`), None where the sizes agree. `noise`, for `replicate` and `tile`,
+    methods (see `codistill.remap.depth` and `.width`), None where the sizes agree. `noise`, for `replicate` and `tile`,
     splits the fan-out of copies unevenly, by that many standard deviations of the tensor: copies that are read alike
     have equal gradients and would stay copies for ever. The function is kept all the same.
     Raises `UserError` where the shapes cannot map, with both shapes and what would work.

@@ -30,7 +30,7 @@ def grown_config(
     All else is the source's, for what it computes depends on it: rotary base and scaling, norm epsilons, windows,
     activations, positions, vocabulary, whether embeddings are tied, ids of special tokens. `key_value_heads` None: as
     many for each head as in the source. A width of heads that is not hidden size / heads stays. Raises `UserError`
-    where the heads do not divide so, and for a depth that is no way.
+    where the heads do not divide so, and for a depth that is no method.
     """
     chosen = sizes.to_dict()
     tree = {key: value for key, value in source.to_dict().items() if key not in _OF_THE_FILE}
@@ -70,6 +70,6 @@ def _key_value_heads(source: Any, heads: int) -> int:
     if heads * shared % before:
         raise UserError(
             f"heads: the source has {before} heads with {shared} for keys and values, and {heads} cannot be shared "
-            "out so: set model.key_value_heads, or choose another number of heads"
+            "out so; set model.key_value_heads, or choose another number of heads"
         )
     return heads * shared // before

@@ -1,4 +1,4 @@
-"""The map of every space from one shape to another, by a way:
+"""The map of every space from one shape to another, by a method:
 
     replicate     copies of units drawn at random, fan-out divided by the copies (Net2Net; bert2BERT's FPI)
     advanced      the same, but the added units are the next layer's (bert2BERT's AKI)
@@ -25,74 +25,74 @@ SHRINK = ("select", "select-first", "replicate", "tile", "zero")
 Maps = dict[str, Map | Selection]
 
 
-def width_maps(way: str | None, source: Any, target: Any, seed: int = 0) -> Maps:
+def width_maps(method: str | None, source: Any, target: Any, seed: int = 0) -> Maps:
     """The map of each space from one Hugging Face configuration to another of the same family.
 
-    Raises `UserError`, with both shapes, where the way cannot do that.
+    Raises `UserError`, with both shapes, where the method cannot do that.
     """
     before, after = shape_of(source), shape_of(target)
-    _check_way(way, before, after)
+    _check_method(method, before, after)
     try:
-        if way is None or way.startswith("select"):
-            maps = _selections(way or "select", source, target)
+        if method is None or method.startswith("select"):
+            maps = _selections(method or "select", source, target)
         else:
-            maps = _unit_maps(way, source, target, seed) | _head_maps(way, source, target, seed)
+            maps = _unit_maps(method, source, target, seed) | _head_maps(method, source, target, seed)
     except UserError as error:
         raise UserError(f"{error} [source: {before}; target: {after}]") from None
     return maps | _tables(before, after)
 
 
-def _check_way(way: str | None, before: Shape, after: Shape) -> None:
+def _check_method(method: str | None, before: Shape, after: Shape) -> None:
     shapes = f"source: {before}; target: {after}"
     names = ("width", "heads", "kv_heads", "head_width", "ffn")
     sizes = [(name, getattr(before, name), getattr(after, name)) for name in names]
     changed = [(name, a, b) for name, a, b in sizes if a != b]
-    if way is None and changed:
+    if method is None and changed:
         raise UserError(
             f"width: the shapes differ, so choose a method that widens ({', '.join(WIDEN)}) or shrinks "
             f"({', '.join(SHRINK)}): {shapes}"
         )
-    if way not in (None, *WIDEN, *SHRINK):
-        raise UserError(f"width: {way!r} is not a way; choose {', '.join(dict.fromkeys((*WIDEN, *SHRINK)))}")
+    if method not in (None, *WIDEN, *SHRINK):
+        raise UserError(f"width: {method!r} is no method; choose {', '.join(dict.fromkeys((*WIDEN, *SHRINK)))}")
     for name, a, b in changed:
-        if (b > a and way not in WIDEN) or (b < a and way not in SHRINK):
-            ways = ", ".join(WIDEN if b > a else SHRINK)
-            raise UserError(f"width: {way!r} cannot take {name} from {a} to {b}: choose {ways} ({shapes})")
-        if way == "tile" and max(a, b) % min(a, b):
+        if (b > a and method not in WIDEN) or (b < a and method not in SHRINK):
+            methods = ", ".join(WIDEN if b > a else SHRINK)
+            raise UserError(f"width: {method!r} cannot take {name} from {a} to {b}; choose {methods} ({shapes})")
+        if method == "tile" and max(a, b) % min(a, b):
             raise UserError(
                 f"width: 'tile' needs whole multiples, and {name} goes from {a} to {b}: "
                 f"choose replicate or zero ({shapes})"
             )
 
 
-def _selections(way: str, source: Any, target: Any) -> Maps:
+def _selections(method: str, source: Any, target: Any) -> Maps:
     before, after = shape_of(source), shape_of(target)
-    stream = Selection(picked(way, before.width, after.width), before.width)
+    stream = Selection(picked(method, before.width, after.width), before.width)
     maps: Maps = dict.fromkeys(("stream", "normed", "head", "features"), stream)
-    maps["ffn"] = Selection(picked(way, before.ffn, after.ffn), before.ffn)
-    return maps | head_selections(way, before, after, _ratio(target, source))
+    maps["ffn"] = Selection(picked(method, before.ffn, after.ffn), before.ffn)
+    return maps | head_selections(method, before, after, _ratio(target, source))
 
 
-def _unit_maps(way: str, source: Any, target: Any, seed: int) -> Maps:
+def _unit_maps(method: str, source: Any, target: Any, seed: int) -> Maps:
     before, after = shape_of(source), shape_of(target)
     narrow, wide = sorted((before.width, after.width))
-    units = matched(way, narrow, wide, seed)
-    spaces = stream_maps(way, units, narrow, centring=describe(source).centring, tied=tied(target))
+    units = matched(method, narrow, wide, seed)
+    spaces = stream_maps(method, units, narrow, centring=describe(source).centring, tied=tied(target))
     narrows = after.width < before.width
     maps: Maps = {name: replace(space, narrows=narrows) for name, space in spaces.items()}
     narrow, wide = sorted((before.ffn, after.ffn))
-    ffn = unit_map(way, matched(way, narrow, wide, seed), narrow)
+    ffn = unit_map(method, matched(method, narrow, wide, seed), narrow)
     return maps | {"ffn": replace(ffn, narrows=after.ffn < before.ffn)}
 
 
-def _head_maps(way: str, source: Any, target: Any, seed: int) -> Maps:
+def _head_maps(method: str, source: Any, target: Any, seed: int) -> Maps:
     before, after = shape_of(source), shape_of(target)
     sizes = [(getattr(before, name), getattr(after, name)) for name in ("heads", "kv_heads", "head_width")]
     narrows = any(b < a for a, b in sizes)
     if narrows and any(b > a for a, b in sizes):
         raise UserError("width: heads, key-value heads and head width must all grow or all shrink")
     narrow, wide = (target, source) if narrows else (source, target)
-    spaces = head_maps(way, shape_of(narrow), shape_of(wide), seed, _ratio(narrow, wide))
+    spaces = head_maps(method, shape_of(narrow), shape_of(wide), seed, _ratio(narrow, wide))
     return {name: replace(space, narrows=narrows) for name, space in spaces.items()}
 
 
