@@ -58,6 +58,12 @@ def test_the_numbers_of_a_line_and_nothing_else_are_sent():
     assert numbers(LINE) == {"seconds": 0.5, "large/hard": 2.5, "large/held_out_loss": 2.0}
 
 
+def test_a_loss_that_is_no_number_is_not_sent():
+    """It stands as null in `metrics.jsonl`, which no tracker takes for a number."""
+    lines = [{"step": 3, "a/hard": None, "held_out": {"a": {"loss": None, "accuracy": 0.5}}}]
+    assert [numbers(line) for line in lines] == [{"a/held_out_accuracy": 0.5}]
+
+
 def scalars(out: Path, name: str) -> list[tuple[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

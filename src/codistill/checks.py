@@ -67,7 +67,7 @@ _WITH_KEY_VALUE_HEADS = ("llama", "qwen2", "qwen3", "gemma3_text")
 
 
 def _check_heads(model: ModelConfig, field: str) -> None:
-    heads = model.heads or max(model.width // 64, 1)
+    heads = model.num_heads
     if model.width % heads:
         raise UserError(f"{field}.heads: a width of {model.width} does not divide into {heads} heads")
     if model.family in _ROTARY and (model.width // heads) % 2:

@@ -31,6 +31,10 @@ def limited(default: Any, low: float | None = None, high: float | None = None, a
     return field(default=default, metadata={"low": low, "high": high, "above": above})
 
 
+# What language models are called that are trained with an objective.
+KINDS = {"mlm": "masked", "clm": "causal"}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept), with `whole_word`
@@ -86,6 +90,11 @@ class ModelConfig:
     key_value_heads: int | None = limited(None, low=1)
     feed_forward: int | None = limited(None, low=1)
     dropout: float = limited(0.0, low=0, high=0.9)
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads, 64 wide where `heads` does not say how many."""
+        return self.heads or max(self.width // 64, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,6 +282,11 @@ class Run:
     def seed_name(self, member: str) -> str:
         """What the initialisation and the noise of `member` are keyed by."""
         return self.members[member].seeded_as or self.members[member].twin_of or member
+
+    @property
+    def rows_per_step(self) -> int:
+        """Predicted rows of a step, where every sequence is full."""
+        return self.batch.sequences * self.objective.rows_of(self.data.length)
 
     @property
     def trained(self) -> list[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+STOPPED = 75  # the exit status of what stopped when asked to, and can go on: EX_TEMPFAIL of sysexits.h
+
 
 class UserError(Exception):
     """Something that was asked for cannot be done as asked (exit status 2).
@@ -18,6 +20,11 @@ class MachineError(Exception):
 def first_line(error: BaseException) -> str:
     """What a library's error says, cut to a line; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def one_line(error: BaseException) -> str:
+    """All that an error says, on one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

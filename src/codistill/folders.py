@@ -22,6 +22,14 @@ def members_of(folder: Path) -> dict[str, Path]:
     return {place.name: place for place in places}
 
 
+def member_of(folder: Path, name: str) -> Path:
+    """The model `name` of the finished run in `folder`; UserError where there is none."""
+    members = members_of(folder)
+    if name not in members:
+        raise UserError(f"--member {name}: {folder} has no such member; there are {', '.join(members)}")
+    return members[name]
+
+
 def config_file(path: Path) -> Path:
     """The Hugging Face configuration that `path` is, or that is in the folder `path`; UserError where there is none."""
     file = path / "config.json" if path.is_dir() else path

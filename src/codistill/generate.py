@@ -12,7 +12,7 @@ from codistill import distributed
 from codistill.data.tokenizers import Vocabulary, load_tokenizer
 from codistill.errors import UserError
 from codistill.families import family_of, longest
-from codistill.folders import members_of
+from codistill.folders import member_of
 from codistill.models import load_model
 
 
@@ -35,7 +35,7 @@ def generate(
         raise UserError(f"--tokens {tokens}: at least one is needed")
     if not 0 <= temperature < math.inf:
         raise UserError(f"--temperature {temperature}: a number of at least 0 is needed")
-    place = _member(folder, member)
+    place = member_of(folder, member)
     config = AutoConfig.from_pretrained(place)
     family = family_of(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (family is not None and family.objective != "clm"):
@@ -68,13 +68,6 @@ def generate(
         **drawn,
     )[0]
     return str(tokenizer.decode(made_T, skip_special_tokens=True))
-
-
-def _member(folder: Path, member: str) -> Path:
-    members = members_of(folder)
-    if member not in members:
-        raise UserError(f"--member {member}: {folder} has no such member; there are {', '.join(members)}")
-    return members[member]
 
 
 def _padding(rows: int, vocabulary: int) -> list[int] | None:

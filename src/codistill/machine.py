@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from codistill.distributed import layers
+from codistill.errors import one_line
 
 _MOST_VARIANTS = 128
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -63,7 +64,7 @@ def why_not_compile(device: torch.device) -> str | None:
     try:
         get_cpp_compiler()
     except Exception as error:  # InvalidCxxCompiler, or whatever starting the compiler raises
-        return " ".join(str(error).split())
+        return one_line(error)
     return None
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from codistill.config import DistillationConfig, MemberConfig, Run
+from codistill.config import KINDS, DistillationConfig, MemberConfig, Run
 from codistill.loading import to_yaml
 
 
@@ -26,7 +26,7 @@ def _front_matter(run: Run) -> str:
 
 
 def _what(run: Run, results: Mapping[str, Any], member: str) -> str:
-    kind = {"mlm": "masked", "clm": "causal"}[run.objective.name]
+    kind = KINDS[run.objective.name]
     came = (run.provenance or {}).get("versions", {}).get("codistill", "an unknown version")
     size = f"{results['members'][member]['parameters'] / 1e6:.2f} M parameters"
     made = (

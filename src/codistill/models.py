@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from codistill.attention import unread_masks, use_short_attention
-from codistill.config import ModelConfig
+from codistill.config import KINDS, ModelConfig
 from codistill.data.tokenizers import load_tokenizer, own_padding
 from codistill.errors import UserError, first_line
 from codistill.families import (
@@ -53,10 +53,7 @@ from codistill.seeds import seed_of
 transformers_logging.disable_progress_bar()
 
 Objective = Literal["mlm", "clm"]
-_KINDS = {
-    "mlm": (AutoModelForMaskedLM, "masked"),
-    "clm": (AutoModelForCausalLM, "causal"),
-}
+_LOADERS = {"mlm": AutoModelForMaskedLM, "clm": AutoModelForCausalLM}
 
 
 class Predictor(nn.Module):
@@ -309,7 +306,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast | None, family: Family) -
 def _load_weights(
     path: str, field: str, config: PreTrainedConfig, objective: Objective, trust_remote_code: bool, needs_head: bool
 ) -> PreTrainedModel:
-    auto, kind = _KINDS[objective]
+    auto, kind = _LOADERS[objective], KINDS[objective]
     load = partial(
         auto.from_pretrained,
         path,

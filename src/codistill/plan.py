@@ -56,7 +56,7 @@ def plan(run: Run, device: torch.device) -> Plan:
     vocabulary = _vocabulary(run)
     precision = resolved_precision(run, device)
     models = {name: model_of(run, name, vocabulary) for name in run.members}
-    rows = _rows(run)
+    rows = run.rows_per_step
     flops = member_flops(run, models, rows=rows, steps=range(run.steps))
     memory = memory_of(run, models, vocabulary, getattr(torch, precision), device.type)
     a_step = sum(of["own"] for of in flops.values()) / run.steps
@@ -104,7 +104,7 @@ def memory_of(
 ) -> dict[str, int]:
     """Bytes of each part of a step. Activations are those of one micro-batch, all of them kept: with
     `gradient_checkpointing` there are fewer."""
-    rows = _rows(run) // run.batch.accumulate
+    rows = run.rows_per_step // run.batch.accumulate
     shape = {"sequences": run.batch.sequences // run.batch.accumulate, "length": run.data.length, "rows": rows}
     costs = {
         name: forward_cost(model, vocabulary=vocabulary, precision=precision, device=device, **shape)
@@ -181,14 +181,9 @@ def made_up_batch(run: Run, vocabulary: int) -> Batch:
     """Made-up tokens; predicted are as many rows as a run's micro-batch has."""
     count = run.batch.sequences // run.batch.accumulate
     ids_BT = torch.randint(vocabulary, (count, run.data.length))
-    each = _rows(run) // run.batch.sequences
+    each = run.rows_per_step // run.batch.sequences
     rows_N = torch.arange(count).repeat_interleave(each) * run.data.length + torch.arange(each).repeat(count)
     return Batch({"input_ids": ids_BT}, rows_N, torch.randint(vocabulary, (len(rows_N),)))
-
-
-def _rows(run: Run) -> int:
-    """Predicted rows of a step."""
-    return run.batch.sequences * run.objective.rows_of(run.data.length)
 
 
 def _vocabulary(run: Run) -> int:

@@ -183,17 +183,13 @@ def _results(run: Run, built: Built, ending: Ending, seconds: float) -> dict[str
 
 def _flops(run: Run, built: Built, steps: int) -> dict[str, dict[str, int]]:
     """As `member_flops`, of all parts of the run; a teacher that a resumption left out has no model to count."""
-    rows = sum(len(batch.labels_N) for batch in built.batches.at(0)) / _predicted(run)
+    rows = sum(len(batch.labels_N) for batch in built.batches.at(0)) / run.rows_per_step
     total = {name: {"own": 0, "teachers": 0} for name in built.models}
     for first, last, then in parts(run, steps):
-        found = member_flops(then, built.models, rows=round(rows * _predicted(then)), steps=range(first, last))
+        found = member_flops(then, built.models, rows=round(rows * then.rows_per_step), steps=range(first, last))
         for name, of in found.items():
             total[name] = {key: total[name][key] + count for key, count in of.items()}
     return total
-
-
-def _predicted(run: Run) -> int:
-    return run.batch.sequences * run.objective.rows_of(run.data.length)
 
 
 def _cost(flops: Mapping[str, Mapping[str, int]], name: str, seconds: float) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of `metrics.jsonl` by name, held-out scores as NAME/held_out_loss and …_accuracy."""
     flat = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
     for name, score in line.get("held_out", {}).items():
-        flat |= {f"{name}/held_out_{key}": value for key, value in score.items()}
+        flat |= {f"{name}/held_out_{key}": value for key, value in score.items() if value is not None}
     return flat
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from codistill.cli import bench, evaluate, export, make, report, run, study, teachers, text  # noqa: F401  they register commands
 from codistill.cli.console import app, speaks
-from codistill.errors import FailedElsewhere, MachineError, UserError
+from codistill.errors import FailedElsewhere, MachineError, UserError, first_line
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,7 +39,7 @@ def _fail_without_memory(error: BaseException) -> None:
     if not is_out_of_memory(error):
         raise error
     remedy = "lower batch.sequences, raise batch.accumulate, or set gradient_checkpointing"
-    _say(f"out of memory: {next(iter(str(error).splitlines()), 'no more is left')}; for a run, {remedy}")
+    _say(f"out of memory: {first_line(error)}; for a run, {remedy}")
     sys.exit(1)  # on whichever rank it happens: the others do not know
 
 

@@ -10,12 +10,10 @@ from cyclopts import Parameter
 
 from codistill.cli.console import Device, Settings, Source, app, console, resolve, speaks
 from codistill.config import Run
-from codistill.errors import UserError
+from codistill.errors import STOPPED, UserError
 from codistill.folders import is_run_folder
 from codistill.loading import to_yaml
 from codistill.recipes import RECIPES, check_teachers
-
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 @app.command

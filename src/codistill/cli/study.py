@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from codistill.cli.console import Device, app, console
-from codistill.cli.run import STOPPED
-from codistill.errors import UserError, did_you_mean
+from codistill.errors import STOPPED, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from codistill.study.run import Request

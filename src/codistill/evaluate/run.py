@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from codistill.distributed import start
-from codistill.errors import UserError
+from codistill.errors import UserError, one_line
 from codistill.evaluate.blimp import read_pairs
 from codistill.evaluate.compare import comparisons
 from codistill.evaluate.finetune import Teaching
@@ -173,7 +173,7 @@ def _compute(jobs: Sequence[Job], store: Store, advance: Advance) -> None:
             for key, content in zip(job.keys, job.compute(progress), strict=True):
                 store.put(key, content)
         except (UserError, RuntimeError) as error:  # of the input, or of PyTorch: no memory, say
-            why = " ".join(str(error).split()) or type(error).__name__
+            why = one_line(error)
             for cell in job.cells:
                 cell.failed = why[:500]
         done += job.cost

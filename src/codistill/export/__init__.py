@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from codistill.errors import MachineError, UserError
+from codistill.errors import MachineError, UserError, one_line
 from codistill.export.onnx import compare, convert, quantise, size
 from codistill.files import atomic_folder, to_json
-from codistill.folders import members_of
+from codistill.folders import member_of
 from codistill.loading import load, read_run
 from codistill.model_card import model_card
 
@@ -28,7 +28,7 @@ def export_member(folder: Path, member: str, *, format: Format, out: Path, push:
     UserError for a run, a member or a library that is not there and for an `out` that is; MachineError where the logits
     disagree, in which case nothing is left.
     """
-    source = _member_folder(folder, member)
+    source = member_of(folder, member)
     if out.exists():
         raise UserError(f"--out: {out} exists; give a folder that does not")
     if format != "hf":
@@ -47,13 +47,6 @@ def _card(folder: Path, member: str) -> str:
     return model_card(load(read_run(folder / "run.yaml")), results, member)
 
 
-def _member_folder(folder: Path, member: str) -> Path:
-    members = members_of(folder)
-    if member not in members:
-        raise UserError(f"--member {member}: {folder} has no such member; there are {', '.join(members)}")
-    return members[member]
-
-
 def _check_installed() -> None:
     missing = [name for name in _LIBRARIES if find_spec(name) is None]
     if missing:
@@ -70,7 +63,7 @@ def _upload(folder: Path, repository: str) -> None:
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(folder_path=str(folder), repo_id=repository, commit_message="Upload with codistill")
     except Exception as error:  # the hub's client has many kinds of errors, and its network library more
-        words = " ".join(str(error).split()) or type(error).__name__
+        words = one_line(error)
         raise MachineError(f"--push: {repository} was not uploaded: {words}; {folder} is whole") from error
 
 

@@ -20,14 +20,14 @@ from transformers import (
 )
 
 from codistill.config import ModelConfig
-from codistill.families.family import Family, heads
+from codistill.families.family import Family
 
 
 def _gpt2(config: ModelConfig, positions: int) -> GPT2Config:
     return GPT2Config(
         n_embd=config.width,
         n_layer=config.layers,
-        n_head=heads(config),
+        n_head=config.num_heads,
         n_inner=config.feed_forward or 4 * config.width,
         embd_pdrop=config.dropout,
         resid_pdrop=config.dropout,
@@ -45,11 +45,11 @@ def _qwen2(config: ModelConfig, positions: int) -> Qwen2Config:
 
 
 def _qwen3(config: ModelConfig, positions: int) -> Qwen3Config:
-    return Qwen3Config(**_gated(config, positions), head_dim=config.width // heads(config))
+    return Qwen3Config(**_gated(config, positions), head_dim=config.width // config.num_heads)
 
 
 def _gemma3(config: ModelConfig, positions: int) -> Gemma3TextConfig:
-    head = config.width // heads(config)
+    head = config.width // config.num_heads
     return Gemma3TextConfig(**_gated(config, positions), head_dim=head, query_pre_attn_scalar=head)
 
 
@@ -57,8 +57,8 @@ def _gated(config: ModelConfig, positions: int) -> dict[str, Any]:
     return {
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
-        "num_attention_heads": heads(config),
-        "num_key_value_heads": config.key_value_heads or heads(config),
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.key_value_heads or config.num_heads,
         "intermediate_size": config.feed_forward or 3 * config.width,
         "attention_dropout": config.dropout,
         "max_position_embeddings": positions,

@@ -85,8 +85,3 @@ def parts_of(model: PreTrainedModel, family: Family) -> Parts:
     options = {"use_cache": False} if family.objective == "clm" else {}
     chain = Chain(model.get_submodule(family.backbone), transform, options)
     return Parts(chain, model.get_submodule(family.output), bias_of)
-
-
-def heads(config: ModelConfig) -> int:
-    """Attention heads of `config`: 64 wide where it does not say how many."""
-    return config.heads or max(config.width // 64, 1)

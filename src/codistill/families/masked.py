@@ -21,14 +21,14 @@ from transformers import (
 )
 
 from codistill.config import ModelConfig
-from codistill.families.family import Family, heads
+from codistill.families.family import Family
 
 
 def _like_bert(config: ModelConfig, positions: int) -> dict:
     return {
         "hidden_size": config.width,
         "num_hidden_layers": config.layers,
-        "num_attention_heads": heads(config),
+        "num_attention_heads": config.num_heads,
         "intermediate_size": config.feed_forward or 4 * config.width,
         "hidden_dropout_prob": config.dropout,
         "attention_probs_dropout_prob": config.dropout,
@@ -44,7 +44,7 @@ def _modernbert(config: ModelConfig, positions: int) -> ModernBertConfig:
     return ModernBertConfig(
         hidden_size=config.width,
         num_hidden_layers=config.layers,
-        num_attention_heads=heads(config),
+        num_attention_heads=config.num_heads,
         intermediate_size=config.feed_forward or 3 * config.width // 2,
         attention_dropout=config.dropout,
         mlp_dropout=config.dropout,
@@ -61,7 +61,7 @@ def _distilbert(config: ModelConfig, positions: int) -> DistilBertConfig:
     return DistilBertConfig(
         dim=config.width,
         n_layers=config.layers,
-        n_heads=heads(config),
+        n_heads=config.num_heads,
         hidden_dim=config.feed_forward or 4 * config.width,
         dropout=config.dropout,
         attention_dropout=config.dropout,

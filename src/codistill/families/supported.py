@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
 
+from codistill.config import KINDS
 from codistill.errors import UserError
 from codistill.families import FAMILIES, bend
 from codistill.families.causal import CAUSAL
@@ -30,12 +31,12 @@ def check_full_precision(config: PreTrainedConfig, path: str, field: str) -> Non
 
 def check_objective(family: str, wanted: str, field: str) -> None:
     """UserError if `family` is known to be made for another objective than `wanted`."""
-    of, kinds = {**MASKED, **CAUSAL}, {"mlm": "masked", "clm": "causal"}
+    of = {**MASKED, **CAUSAL}
     found = of[family].objective if family in of else wanted
     if found != wanted:
         fitting = ", ".join(name for name, each in of.items() if each.objective == wanted)
         raise UserError(
-            f"{field}: {family} is a {kinds[found]} LM, and objective.name {wanted} is for {kinds[wanted]} ones: "
+            f"{field}: {family} is a {KINDS[found]} LM, and objective.name {wanted} is for {KINDS[wanted]} ones: "
             f"{fitting}"
         )
 

@@ -10,7 +10,7 @@ from codistill.recipes.sizes import Size, teacher_path
 from codistill.schedules import Spec
 
 # Knowledge Inheritance guides BASE by MEDIUM for 35k of 125k steps (Qin et al. 2022, §4).
-_GUIDED_SHARE = 0.28
+GUIDED_SHARE = 0.28
 # Lu and Liu (2026) search 0.2 … 1.0; this is the middle of the range, and no finding of theirs.
 _MIXED_SHARE = 0.5
 
@@ -58,7 +58,7 @@ def reverse(size: Size) -> Run:
 
 def inherit(size: Size) -> Run:
     """Knowledge inheritance: (1 − a)·hard + a·soft, a falling from 1 to 0; then the teacher is left behind."""
-    until = round(_GUIDED_SHARE * size.steps)
+    until = round(GUIDED_SHARE * size.steps)
     student = replace(_learner(size, "large"), hard_weight={"linear": [0.0, 1.0, until]})
     edge = replace(_edge("weak", "large", weight={"linear": [1.0, 0.0, until]}), temperature=2.0)
     return _run(size, {"weak": _teacher(size, "small"), "large": student}, edge)

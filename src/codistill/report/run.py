@@ -9,6 +9,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from codistill.blocks import COLOURS
+from codistill.config import KINDS
 from codistill.files import machine_error
 from codistill.history import tokens_by
 from codistill.loading import load, read_run
@@ -83,7 +84,7 @@ def curves_figure(folder: Path) -> Any:
 
 
 def _kind(results: dict[str, Any]) -> str:
-    return {"mlm": "masked", "clm": "causal"}[results.get("objective", "mlm")]  # of older folders, which do not say
+    return KINDS[results.get("objective", "mlm")]  # of older folders, which do not say
 
 
 def untaught_twins(members: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

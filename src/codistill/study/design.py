@@ -11,7 +11,6 @@ from codistill.study.arms import Arm, of_arm
 from codistill.study.scales import Scale
 
 ONE_PASS = "one pass"
-SEEDS_FOR_A_HEADLINE = 5
 _TEACHER_SEED = 1000  # added to a study's seed: a teacher has seen other batches, or the same in another order
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Data
-from codistill.errors import MachineError, UserError
+from codistill.errors import STOPPED, MachineError, UserError
 from codistill.files import machine_error, remove_folder, write_file
 from codistill.loading import to_yaml
 from codistill.metrics import read_metrics
@@ -23,7 +23,7 @@ from codistill.study.arms import Arm, grouped, keys_of, member_names, merged, tr
 from codistill.study.cells import Cell, Cells
 from codistill.study.harvest import failed_cell, harvest
 from codistill.study.scoring import Scoring, is_scored, with_scores
-from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE, STOPPED
+from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 

@@ -3,4 +3,3 @@
 AS_ASKED = 2  # what was asked for cannot be done
 NOT_FINITE = 3  # of an arm's own: that is a result, where anything else is the surroundings' fault
 NO_MEMORY = 4
-STOPPED = 75

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Run
-from codistill.errors import MachineError, UserError
+from codistill.errors import STOPPED, MachineError, UserError, one_line
 from codistill.evaluate.run import evaluate
 from codistill.files import locked, to_json, write_file
 from codistill.loading import load, read_run
@@ -20,7 +20,7 @@ from codistill.machine import is_out_of_memory
 from codistill.run_folder import check_losses
 from codistill.study.harvest import AGREEMENT
 from codistill.study.scoring import BLIMP
-from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE, STOPPED
+from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE
 from codistill.train import Stopped, train
 from codistill.watch import NonFiniteError
 
@@ -81,12 +81,12 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(NOT_FINITE)
     except (UserError, MachineError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         sys.exit(1 if isinstance(error, MachineError) else AS_ASKED)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(" ".join(str(error).split()) or "no memory is left", file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         sys.exit(NO_MEMORY)
 
 

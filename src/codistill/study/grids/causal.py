@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
+from codistill.evaluate.compare import SEEDS_FOR_A_HEADLINE
+from codistill.recipes.methods import GUIDED_SHARE
 from codistill.study.arms import Arm
-from codistill.study.design import SEEDS_FOR_A_HEADLINE, Contrast, Setting, Study, edge, frozen, settings
+from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings
 from codistill.study.scales import Scale
 
 # Knowledge Inheritance guides BASE by MEDIUM for 35k of 125k steps (Qin et al. 2022, §4), at temperature 2 here.
-_GUIDED_SHARE = 0.28
 _TEACHERS = {"weak": "small", "weaker": "extremely_weak"}
 _SHARES = (0.2, 0.5, 0.8)
 # What keeps models alone from overfitting in 20 passes at `tiny`, found with one model and seed (docs/log.md).
@@ -47,7 +48,7 @@ def _one_to_one(at: Setting, teacher: str) -> Arm:
 
 def _inheriting(at: Setting, teacher: str) -> Arm:
     """The teacher first, the labels after it."""
-    until = round(_GUIDED_SHARE * at.size.steps)
+    until = round(GUIDED_SHARE * at.size.steps)
     large = at.learner(at.size.models["large"], hard_weight={"linear": [0.0, 1.0, until]})
     inherited = edge("teacher", "large", {"linear": [1.0, 0.0, until]}, temperature=2.0)
     return at.arm(f"inherit-{teacher}", {"teacher": frozen(teacher), "large": large}, inherited)

@@ -6,10 +6,11 @@ from dataclasses import replace
 from functools import cache
 
 from codistill.config import DistillationConfig, ModelConfig
+from codistill.evaluate.compare import SEEDS_FOR_A_HEADLINE
 from codistill.recipes.sizes import Size
 from codistill.schedules import Spec
 from codistill.study.arms import Arm
-from codistill.study.design import SEEDS_FOR_A_HEADLINE, Contrast, Setting, Study, edge, frozen, settings
+from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings
 from codistill.study.scales import Scale, rows_of, vocabulary_of
 
 _BURN_IN = 0.3  # of the steps before the edges begin to weigh

@@ -5,9 +5,10 @@ and where the student starts. The arms of one name are the same runs in all of t
 from dataclasses import replace
 
 from codistill.config import InitConfig, MemberConfig, ModelConfig
+from codistill.evaluate.compare import SEEDS_FOR_A_HEADLINE
 from codistill.schedules import Spec
 from codistill.study.arms import Arm, of_arm
-from codistill.study.design import SEEDS_FOR_A_HEADLINE, Contrast, Setting, Study, edge, frozen, settings
+from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings
 from codistill.study.scales import Scale
 
 _TEACHERS = {"weak": "small", "very-weak": "very_weak", "extremely-weak": "extremely_weak"}
