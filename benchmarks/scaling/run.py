@@ -116,7 +116,7 @@ def measure(point: Point, device: torch.device, *, runs: int, rate: float) -> di
     batch = made_up_batch(run, point.vocabulary).to(device)
     memory = memory_of(run, models, point.vocabulary, precision, device.type)
     predicted = most_at_once(memory)
-    flops = sum(of["own"] for of in member_flops(run, models, rows=len(batch.labels_N), steps=1).values())
+    flops = sum(of["own"] for of in member_flops(run, models, rows=len(batch.labels_N), steps=range(1)).values())
     parameters = sum(Predictor(model, point.vocabulary).num_parameters for model in models.values())
     row = asdict(point) | {"rows": len(batch.labels_N), "parameters": parameters}
     row |= {"flops": flops, "predicted_bytes": predicted}

@@ -76,7 +76,7 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     batches.at(0, rank=ranks.rank, world=ranks.world)  # raises UserError where the ranks do not divide the batch
     models = {name: _model(run, name, loaded, tokenizer, batches, device) for name in run.members}
     caches = open_for(run, corpus.manifest["identity"], tokenizer_hash(tokenizer), models)
-    batches.beside = partial(_beside, caches)
+    batches.attach = partial(_with_cached, caches)
     materials = {
         "batches": batches,
         "held_out": [batch.to(device) for batch in unseen],
@@ -153,7 +153,7 @@ def _model(
     return cast(PreTrainedModel, cast(nn.Module, model).to(device))
 
 
-def _beside(caches: Mapping[str, TeacherCache], first: int, batch: Batch) -> Batch:
+def _with_cached(caches: Mapping[str, TeacherCache], first: int, batch: Batch) -> Batch:
     found = {name: cache.read(first, batch) for name, cache in caches.items()}
     return replace(batch, cached={name: said for name, said in found.items() if said is not None})
 

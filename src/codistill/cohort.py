@@ -61,9 +61,7 @@ class Cohort:
         self.trained = [member for member in members if member.is_trained]
         _check_precision(precision)
         _check(members, distillation, ranks)
-        self._language_models = {
-            m.name: m.predictor for m in members if not getattr(m.predictor, "is_from_module", True)
-        }
+        self._language_models = {m.name: m.predictor for m in members if not m.predictor.is_from_module}
         self._causal = _causal({name: predictor.model for name, predictor in self._language_models.items()})
         models = {member.name: member.predictor.model for member in members}
         self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)

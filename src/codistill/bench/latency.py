@@ -14,10 +14,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModel
 
-from codistill.bench.measure import check_counts, interleaved, machine, place_of
+from codistill.bench.measure import check_counts, interleaved, machine, place_of, write_result
 from codistill.errors import UserError
 from codistill.families import longest
-from codistill.files import to_json
 from codistill.folders import members_of
 from codistill.models import load_model
 
@@ -67,9 +66,7 @@ def bench_latency(
         "results": rows,
     }
     Console().print(table(result))
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(to_json(result, indent=1) + "\n")
+    write_result(out, result)
     return result
 
 

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary
+from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary, write_result
 from codistill.bench.providers import MEMBERS, PROVIDERS, Loss, Setting, random_setting
 from codistill.errors import UserError
-from codistill.files import to_json
 
 DIFFERENT = {False: 1e-3, True: 5e-2}  # a gradient further from float64 than this is not of the same loss
 APART = 0.03  # features that differ by so much make a KL near 1e-3
@@ -68,9 +67,7 @@ def bench_loss(
     for row in result["results"]:
         if "reason" in row:
             console.print(f"not run: {row['provider']}: {row['reason']}", style="dim", highlight=False)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(to_json(result, indent=1) + "\n")
+    write_result(out, result)
     return result
 
 

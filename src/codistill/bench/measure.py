@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from codistill.errors import UserError
+from codistill.files import to_json
 
 
 def interleaved(steps: Mapping[str, Callable[[], None]], runs: int, device: str) -> dict[str, list[float]]:
@@ -95,6 +96,13 @@ def machine(device: str, packages: tuple[str, ...] = ()) -> dict:
     if device == "cuda":
         found["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory
     return found
+
+
+def write_result(out: Path | None, result: object) -> None:
+    """Writes a measurement as JSON to `out`, if it is to be written."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(to_json(result, indent=1) + "\n")
 
 
 def _seconds(step: Callable[[], None], device: str) -> float:

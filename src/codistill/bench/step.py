@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary
+from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary, write_result
 from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_peers import modelopt, pytorch_dml, textbrewer
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
@@ -18,7 +18,6 @@ from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
 from codistill.costs import member_flops
 from codistill.errors import UserError
-from codistill.files import to_json
 from codistill.loading import to_dict
 from codistill.machine import keep_freed_memory
 from codistill.objectives import Batch
@@ -102,9 +101,7 @@ def bench_step(
         "phases": phases(afresh.cohort, afresh.batches.at, batches, runs),
     }
     _show(result)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(to_json(result, indent=1) + "\n")
+    write_result(out, result)
     return result
 
 

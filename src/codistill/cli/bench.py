@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from codistill.cli.console import Settings, Source, bench, console, resolve
-from codistill.files import to_json
 
 Rows = Annotated[int, Parameter(help="Predicted rows.")]
 
@@ -56,14 +55,13 @@ def bench_data(
     Example: codistill bench data corpus/ --tokenizer vocab.txt
     """
     from codistill.bench import bench_data as measure
+    from codistill.bench.measure import write_result
 
     rows = measure(sources or ["builtin:python"], tokenizer, length=length, mask_rate=mask_rate)
     for row in rows:
         ratio = f"{row['ratio']:.2f} × the bare library" if row.get("ratio") else ""
         console.print(f"{row['what']:<40} {row['cores']} core(s) {row['tokens_per_second']:>12,.0f} tokens/s  {ratio}")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(to_json(rows, indent=1) + "\n")
+    write_result(out, rows)
 
 
 @bench.command(name="step")

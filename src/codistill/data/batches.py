@@ -73,8 +73,9 @@ class Batches:
         self.order_keys = np.array([seed_of(seed, "order", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mask_keys = np.array([seed_of(seed, "mask", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mixture_key = seed_of(seed, "mixture")
-        # What is put on each micro-batch, given the running number of its first sequence.
-        self.beside: Callable[[int, Batch], Batch] = lambda first, batch: batch
+        # What is put on each micro-batch, given the running number of its first sequence. Set from outside: a teacher's
+        # cache is checked against models, of which some are grown on these batches.
+        self.attach: Callable[[int, Batch], Batch] = lambda first, batch: batch
 
     def at(self, step: int, *, rank: int = 0, world: int = 1) -> list[Batch]:
         """The `accumulate` micro-batches of one rank at one step (B = sequences / accumulate / world, T), on the CPU.
@@ -88,7 +89,7 @@ class Batches:
             )
         first = step * self.sequences + rank * micro
         firsts = [first + i * world * micro for i in range(self.accumulate)]
-        return [self.beside(first, self._micro(first, micro)) for first in firsts]
+        return [self.attach(first, self._micro(first, micro)) for first in firsts]
 
     def _micro(self, first: int, count: int) -> Batch:
         part_B, epoch_B, row_B = self.locate(np.arange(first, first + count))

@@ -13,18 +13,19 @@ if TYPE_CHECKING:
     from codistill.objectives import Batch
 
 _PATIENCE = 0.05
+_DEPTH = 2
 
 
 def prefetched(
-    batches: Batches, first: int, last: int, *, rank: int = 0, world: int = 1, depth: int = 2, pinned: bool = False
+    batches: Batches, first: int, last: int, *, rank: int = 0, world: int = 1, pinned: bool = False
 ) -> Generator[list[Batch]]:
-    """What `batches.at(step)` gives for each step from `first` to before `last`, made up to `depth` steps ahead;
+    """What `batches.at(step)` gives for each step from `first` to before `last`, made up to two steps ahead;
     `pinned`: in page-locked memory, for a GPU.
 
     A batch depends on nothing but its step, so this cannot change results. Errors are raised at the step they belong
     to. Close the generator (`contextlib.closing`) when it is left early; that ends the thread.
     """
-    ready: Queue[list[Batch] | Exception] = Queue(depth)
+    ready: Queue[list[Batch] | Exception] = Queue(_DEPTH)
     stop = Event()
 
     def make() -> None:

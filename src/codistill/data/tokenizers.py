@@ -29,6 +29,7 @@ _ROLES = {
     "mask_token": "[MASK]",
 }
 _MOST_LETTERS = 1000
+_BLOCK_CHARACTERS = 1 << 18
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerFast:
@@ -311,14 +312,14 @@ def _letters(texts: list[str]) -> list[str]:
     return sorted(letter for letter in found if not letter.isspace())
 
 
-def _joined(texts: list[str], characters: int = 1 << 18) -> Iterator[str]:
+def _joined(texts: list[str]) -> Iterator[str]:
     """Few long texts instead of many short ones, for numpy's sake."""
     block: list[str] = []
     held = 0
     for text in texts:
         block.append(text)
         held += len(text)
-        if held >= characters:
+        if held >= _BLOCK_CHARACTERS:
             yield "\n".join(block)
             block, held = [], 0
     yield "\n".join(block)

@@ -77,10 +77,10 @@ def agreement(reference: Sequence[Cell], other: Sequence[Cell]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def t_interval(differences: Sequence[float], confidence: float = _CONFIDENCE) -> tuple[float, float]:
+def t_interval(differences: Sequence[float]) -> tuple[float, float]:
     """mean ± t · sd / √n with Student's t of n − 1 degrees of freedom; needs n ≥ 2."""
     count = len(differences)
-    half = t_quantile((1 + confidence) / 2, count - 1) * float(np.std(differences, ddof=1)) / math.sqrt(count)
+    half = t_quantile((1 + _CONFIDENCE) / 2, count - 1) * float(np.std(differences, ddof=1)) / math.sqrt(count)
     mean = float(np.mean(differences))
     return mean - half, mean + half
 
@@ -94,12 +94,12 @@ def t_probability(differences: Sequence[float]) -> float:
     return 2 * (1 - _t_below(abs(float(np.mean(differences))) / error, len(differences) - 1))
 
 
-def holm(probabilities: Sequence[float], level: float = 1 - _CONFIDENCE) -> list[bool]:
-    """Which of these are shown although they are so many: with at most `level`, none is by chance (Holm 1979). The k-th
-    smallest of m is held to level / (m − k + 1), and all after the first that fails fail."""
+def holm(probabilities: Sequence[float]) -> list[bool]:
+    """Which of these are shown although they are so many: but for 5 % none is by chance (Holm 1979). The k-th smallest
+    of m is held to 0.05 / (m − k + 1), and all after the first that fails fail."""
     found = [False] * len(probabilities)
     for k, at in enumerate(sorted(range(len(probabilities)), key=lambda at: probabilities[at])):
-        if probabilities[at] > level / (len(probabilities) - k):
+        if probabilities[at] > (1 - _CONFIDENCE) / (len(probabilities) - k):
             break
         found[at] = True
     return found

@@ -71,13 +71,14 @@ def training_order(length_N: np.ndarray, batch: int, seed: int, epoch: int) -> l
     return [batches[index] for index in draw.permutation(len(batches))]
 
 
-def prediction_order(length_N: np.ndarray, tokens: int = _TOKENS_AT_ONCE) -> Iterator[np.ndarray]:
-    """Row numbers by length, in batches of about `tokens` tokens, padding included."""
+def prediction_order(length_N: np.ndarray) -> Iterator[np.ndarray]:
+    """Row numbers by length, in batches of about `_TOKENS_AT_ONCE` tokens, padding included."""
     order_N = np.argsort(length_N, kind="stable")
     at = 0
     while at < len(order_N):
-        longest = int(length_N[order_N[min(at + max(tokens // int(length_N[order_N[at]]), 1), len(order_N)) - 1]])
-        count = max(tokens // longest, 1)
+        most = max(_TOKENS_AT_ONCE // int(length_N[order_N[at]]), 1)
+        longest = int(length_N[order_N[min(at + most, len(order_N)) - 1]])
+        count = max(_TOKENS_AT_ONCE // longest, 1)
         yield order_N[at : at + count]
         at += count
 

@@ -58,7 +58,7 @@ class Store:
         """Keeps `content`; raises MachineError when the disk fails."""
         file = self.folder / f"{key}.json"
         try:
-            write_file(file, to_json(content))
+            write_file(file, json_with_nan(content))
         except OSError as error:
             raise machine_error(error, file) from error
 
@@ -69,7 +69,7 @@ def key_of(**content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def to_json(content: Any, indent: int | None = None) -> str:
+def json_with_nan(content: Any, indent: int | None = None) -> str:
     """JSON in which a number that is none is spelled "nan": the standard knows no NaN, and null is a missing one."""
     return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
 

@@ -18,7 +18,7 @@ from codistill.evaluate.glue import Group, glue_jobs, read_task
 from codistill.evaluate.jobs import Job
 from codistill.evaluate.protocol import Protocol
 from codistill.evaluate.requests import parse_edges, parse_tasks
-from codistill.evaluate.results import Cell, Store, check_out, to_json
+from codistill.evaluate.results import Cell, Store, check_out, json_with_nan
 from codistill.evaluate.server import write_predictions
 from codistill.evaluate.subjects import Subject, find_models, load_subject
 from codistill.evaluate.zero_shot import blimp_job, find_text, mlm_job
@@ -69,7 +69,7 @@ def evaluate(
     _compute(jobs, plan.store, advance)
     cells = [_restored(cell, plan.store, key) for job in jobs for cell, key in zip(job.cells, job.keys, strict=True)]
     found = _results([*cells, *failed], plan, known, seeds, edges)
-    write_file(out / "results.json", to_json(found, indent=1) + "\n")
+    write_file(out / "results.json", json_with_nan(found, indent=1) + "\n")
     write_predictions(out / "predictions", jobs, plan.store)
     return found
 

@@ -22,6 +22,8 @@ class SequencePredictor(nn.Module):
     the first one, or (causal models) the last. The model itself is copied, and not changed.
     """
 
+    is_from_module = True  # as of `models.Predictor`: what it predicts is the task's to say
+
     def __init__(self, model: PreTrainedModel, outputs: int, *, pooling: str, dropout: float, seed: int):
         super().__init__()
         self.backbone = deepcopy(model.base_model)

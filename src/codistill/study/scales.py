@@ -9,6 +9,7 @@ from codistill.recipes.sizes import CAUSAL_PAPER, CAUSAL_SMALL, CAUSAL_TINY, PAP
 from codistill.study.scoring import BLIMP, GLUE
 
 _VOCABULARIES = {"bert-base-uncased": 30_522, "Qwen/Qwen3-1.7B-Base": 151_669}
+_LOOKS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +37,9 @@ def rows_of(size: Size) -> int:
     return size.batch.sequences * size.objective.rows_of(size.data.length)
 
 
-def _often(size: Size, looks: int = 8, sequences: int = 1024) -> Size:
-    """`size` with a learning curve of `looks` points, and a checkpoint at each of them."""
-    every = max(1, size.steps // looks)
+def _often(size: Size, sequences: int = 1024) -> Size:
+    """`size` with a learning curve of eight points, and a checkpoint at each of them."""
+    every = max(1, size.steps // _LOOKS)
     checkpoint = Checkpointing(every=min(every, size.checkpoint.every), keep=1)
     return replace(size, evaluate=Evaluation(every=every, sequences=sequences), checkpoint=checkpoint)
 
