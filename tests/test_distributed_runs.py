@@ -130,8 +130,8 @@ def test_scores_samples_and_masks_do_not_depend_on_the_ranks(text, tmp_path):
 def test_what_the_ranks_cannot_do_is_refused_and_said_once(text, tmp_path):
     run = small_run("ctcd", text, "batch.sequences=6")
     main, other = on_ranks(parts, run, tmp_path / "run", "ddp", [None])
-    message = "UserError: batch.sequences 6: cannot be shared out evenly to 2 micro-batches on 2 ranks"
-    assert (main["error"], other["error"]) == (message, "FailedElsewhere: 2")
+    shared = "cannot be shared out evenly to 2 micro-batches on 2 ranks; choose a multiple of 4"
+    assert (main["error"], other["error"]) == (f"UserError: batch.sequences: 6 {shared}", "FailedElsewhere: 2")
     assert not (tmp_path / "run").exists()
     main, other = on_ranks(parts, small_run("ctcd", text), tmp_path / "run", "ddp", [None], True)
     assert "holds no run to resume" in main["error"]

@@ -2,22 +2,25 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
+from codistill.build import build
 from codistill.data.tokenizers import train_tokenizer
 from codistill.loading import load, override, read_run, to_dict, to_yaml
 from codistill.train import Stopped, train
 from runs import refused, small_run, with_teachers
 
 
-def test_changed_text_is_noticed(text, tmp_path):
+def test_changed_text_is_noticed(text, tmp_path, capsys):
     file = tmp_path / "prose.txt"
     file.write_text(text.read_text())
-    run = small_run("standalone", file, "steps=4")
+    train_tokenizer("wordpiece", 300, [text.read_text()]).save_pretrained(tmp_path / "tokenizer")
+    run = small_run("standalone", file, "steps=4", f"data.tokenizer={tmp_path / 'tokenizer'}")
     with pytest.raises(Stopped):
         train(run, tmp_path / "run", stop_at=2)
     file.write_text(text.read_text() + " and more")
@@ -27,7 +30,94 @@ def test_changed_text_is_noticed(text, tmp_path):
     assert not (tmp_path / "other").exists()
     out = train(run, tmp_path / "run", resume=True, accept_changes=True)
     assert (out / "run.before-0.yaml").exists()
-    assert load(read_run(out / "run.yaml")).provenance != recorded.provenance
+    [part] = load(read_run(out / "run.yaml")).provenance["changed"]
+    was = recorded.provenance["data"]["train"]
+    assert (part["from_step"], part["was"]) == (2, {})
+    assert part["inputs"]["data.train.identity"] == was["identity"]
+    assert f"`data.train.identity` (was {was['identity']})" in (out / "members" / "large" / "README.md").read_text()
+    assert f"changed from step 3 on: data.train.identity (was {was['identity']})" in capsys.readouterr().err
+    train(load(read_run(out / "run.yaml")), tmp_path / "again")
+    assert "changed its settings on the way" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_trained_on_other_text_is_never_put_under_trained_models(text, tmp_path):
+    """Its ids would mean other tokens. The run's folder keeps the one that its models know."""
+    file = tmp_path / "prose.txt"
+    file.write_text(text.read_text())
+    run = small_run("standalone", file, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    made_with = load(read_run(tmp_path / "run" / "run.yaml")).provenance["tokenizer"]
+    file.write_text(text.read_text() + " quite other words zebra quagga xylophone" * 50)
+    message = r"data.tokenizer: the models in .* --set data\.tokenizer=.*run/tokenizer$"
+    for accept in (False, True):
+        refused(message, run, tmp_path / "run", resume=True, accept_changes=accept)
+    kept = load(override(to_dict(run), [f"data.tokenizer={tmp_path / 'run' / 'tokenizer'}"]))
+    out = train(kept, tmp_path / "run", resume=True, accept_changes=True)
+    assert load(read_run(out / "run.yaml")).provenance["tokenizer"] == made_with
+
+
+def test_all_changes_are_named(text, tmp_path):
+    run = small_run("standalone", text, "steps=4")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    other = load(
+        override(
+            to_dict(run), ["seed=7", "batch.sequences=16", "log.every=1", "members.large.weight_decay=0.5", "steps=5"]
+        )
+    )
+    named = (
+        "batch.sequences was 8 and is now 16; log.every was 5 and is now 1; members.large.weight_decay was .* now 0.5"
+    )
+    refused(f"{named}; 2 more: seed, steps;", other, tmp_path / "run", resume=True)
+
+
+def test_losses_on_other_validation_text_are_not_compared(text, tmp_path):
+    """Other text, whose loss is higher: the best step is one of those scored on it, and none of them is stale."""
+    hard = tmp_path / "hard.txt"
+    hard.write_text(" ".join(reversed(text.read_text().split())) * 2)
+    tokenizer = tmp_path / "tokenizer"
+    train_tokenizer("wordpiece", 300, [text.read_text()]).save_pretrained(tokenizer)
+    settings = ["evaluate.every=2", "checkpoint={every: 2, keep: 1, keep_best: true}", f"data.tokenizer={tokenizer}"]
+    run = small_run("standalone", text, "steps=6", *settings)
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=4)
+    file = tmp_path / "run" / "metrics.jsonl"
+    lowest = {"held_out": {"large": {"loss": 0.1, "accuracy": 0.9}}}  # as if the first text were much the easier one
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(line | lowest if "held_out" in line else line) + "\n" for line in lines))
+    changes = [f"data.validation=[{hard}]", "stop_early={patience: 1}", "steps=8"]
+    train(load(override(to_dict(run), changes)), tmp_path / "run", resume=True, accept_changes=True)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["members"]["large"]["best"]["step"] > 4
+    assert results["members"]["large"]["best"]["loss"] > 0.1
+    assert results["steps"] == 8
+    kept = {place.name for place in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert "step-00000004" not in kept
+
+
+def test_another_number_of_sequences_goes_on_with_the_next_one(text, tmp_path, monkeypatch):
+    """Every row comes once an epoch, also where the batches become larger on the way."""
+    loop = sys.modules["codistill.train"]  # the package has a function of that name
+    seen: list[tuple[int, ...]] = []
+    real = loop.prefetched
+    monkeypatch.setattr(loop, "prefetched", lambda *args, **kwargs: _noted(seen, real(*args, **kwargs)))
+    run = small_run("standalone", text, "steps=4")
+    rows = build(replace(run, precision="float32"), torch.device("cpu")).batches.num_rows
+    larger = load(override(to_dict(run), ["batch.sequences=16", f"steps={2 + (rows - 16) // 16}"]))
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    del seen[2:]  # what was made ahead and not used
+    out = train(larger, tmp_path / "run", resume=True, accept_changes=True)
+    ids = [number for batch in seen for number in batch]
+    assert len(ids) == len(set(ids)) == 16 + (rows - 16) // 16 * 16 > 16
+    assert json.loads((out / "results.json").read_text())["passes"] == round(len(ids) / rows, 4)
+
+
+def _noted(seen, batches):
+    for micro_batches in batches:
+        seen.append(tuple(number for batch in micro_batches for number in batch.sample_ids))
+        yield micro_batches
 
 
 def test_special_tokens_that_have_changed_are_noticed(text, tmp_path):
@@ -97,7 +187,7 @@ def test_other_versions_are_noticed_on_resumption(text, tmp_path):
             "holds large, but the run trains large, extra",
         ),
         (["members.large.model.layers=3"], "the checkpoint is of a model of another shape"),
-        (["data.tokenizer='train:bpe:300'"], "the checkpoint is of a model of another shape"),
+        (["data.tokenizer='train:bpe:300'"], "have learned the tokens of another tokenizer"),
         (["steps=1"], "steps: 1 came in, but .* is at step 2; --fresh starts it over"),
     ],
 )

@@ -55,6 +55,14 @@ def test_a_row_is_one_sentence_of_the_column(sentences):
     assert set().union(*map(texts_of, built.held_out)) <= expected
 
 
+def test_raw_text_that_is_scored_on_is_cut_as_the_prepared_text_is(sentences, tmp_path):
+    file, wanted = sentences
+    prepare([str(file)], "train:wordpiece:300", tmp_path / "prepared", column="body", unit="sentence")
+    prepared = [f"data.train=[{tmp_path / 'prepared'}]", "data.tokenizer=null", "data.unit=document"]
+    _, score_on = corpora(by_sentence(file, *prepared), ALONE)
+    assert sum(len(ends) for ends in score_on.unit_ends) == len(wanted)
+
+
 def test_one_unit_of_every_four_is_trained_on_and_all_are_scored_on(sentences):
     file, wanted = sentences
     train_on, score_on = corpora(by_sentence(file, "data.keep_every=4"), ALONE)

@@ -55,11 +55,13 @@ class Snapshot(NamedTuple):
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `newest`, every one whose step `every` divides, each member's `best`."""
+    """Which checkpoints stay: the newest `newest`, every one whose step `every` divides, each member's `best` among
+    those after step `scored_from`, before which scores were of other text."""
 
     newest: int
     every: int | None = None
     best: bool = False
+    scored_from: int = 0
 
 
 class Saver:
@@ -211,7 +213,8 @@ def _dropped(folder: Path, retention: Retention) -> list[Path]:
     if retention.every is not None:
         kept |= {place for place in places if step_of(place) % retention.every == 0}
     if retention.best:
-        scored = [(place, (_read_manifest(place) or {}).get("scores") or {}) for place in places]
+        comparable = [place for place in places if step_of(place) > retention.scored_from]
+        scored = [(place, (_read_manifest(place) or {}).get("scores") or {}) for place in comparable]
         known = [(name, loss, place) for place, scores in scored for name, loss in scores.items() if loss is not None]
         for name in {name for name, _, _ in known}:
             kept.add(min((loss, place) for other, loss, place in known if other == name)[1])

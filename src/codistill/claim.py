@@ -1,19 +1,22 @@
 """Whether a run may go to a folder, which can be said before anything large is imported."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from codistill.config import Run
 from codistill.errors import UserError
 from codistill.files import is_locked
-from codistill.folders import LOCK, is_run_folder
+from codistill.folders import LOCK, TOKENIZER, is_run_folder
 from codistill.history import differing
 from codistill.loading import load, read_run
 
 JOB = ".job"
+_TOLD = 3
 # What a run, its trackers, its report and a study's scores leave in its folder.
 _OWN = (
     *("run.yaml", "run.before-*.yaml", JOB, LOCK, ".*.partial", ".*.removed"),
-    *("metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
+    *(TOKENIZER, "metrics.jsonl", "checkpoints", "members", "results.json", "curves.png"),
     *("tensorboard", "wandb", ".wandb", ".trackio", ".mlflow", "scores", "agreement.json"),
 )
 
@@ -33,12 +36,18 @@ def check_folder(run: Run, out: Path, *, resume: bool, fresh: bool, accept_chang
         raise UserError(f"{out} holds {state} run; --resume continues it, --fresh replaces it, --out goes elsewhere")
     changes = differing(load(read_run(out / "run.yaml")), run)
     if changes and not accept_changes:
-        key, (was, now) = next(iter(changes.items()))
         raise UserError(
-            f"{out} holds another run: {key} was {was!r} and is now {now!r}; resume it as it is with "
+            f"{out} holds another run: {_listed(changes)}; resume it as it is with "
             f"`codistill train {out / 'run.yaml'} --resume`, go on with the change with "
             "--accept-changes, or give another --out"
         )
+
+
+def _listed(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """All changes by name, the first of them with what they were."""
+    said = [f"{key} was {was!r} and is now {now!r}" for key, (was, now) in list(changes.items())[:_TOLD]]
+    more = list(changes)[_TOLD:]
+    return "; ".join(said) + (f"; {len(more)} more: {', '.join(more)}" if more else "")
 
 
 def _is_hardly_begun(out: Path) -> bool:

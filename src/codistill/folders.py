@@ -4,6 +4,7 @@ from pathlib import Path
 
 from codistill.errors import UserError
 
+TOKENIZER = "tokenizer"  # in a run's folder: what its models have learned the tokens of
 LOCK = ".lock"  # held by the process that trains in a folder, and there before anything else
 
 

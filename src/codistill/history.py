@@ -1,4 +1,4 @@
-"""What a resumption changed in a run's settings, and the run as it was before: what it took is what its parts took."""
+"""What a resumption changed in a run's settings and inputs, and the run as it was before: all its parts count."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +14,42 @@ def differing(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
     was, now = (_flat(_settings(run)) for run in (old, new))
     keys = sorted(was.keys() | now.keys())
     return {key: (was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)}
+
+
+# What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
+DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "versions")
+# What decides which held-out tokens are scored; a loss on others is another quantity.
+_SCORED = ("data.length", "data.packing", "data.within_documents", "objective", "evaluate.sequences", "seed")
+_SCORED_INPUTS = ("data.validation", "tokenizer", "special_tokens")
+
+
+def changed(old: Run, new: Run, first: int) -> list[dict[str, Any]]:
+    """`provenance.changed` of `new`, which goes on at step `first` with what was `old`: from which step on which
+    settings (`was`) and which facts of the provenance (`inputs`) were others before."""
+    # A run that goes on from before a change computes what came after it anew, with the settings of now.
+    past = [part | {"from_step": min(part["from_step"], first)} for part in (old.provenance or {}).get("changed", [])]
+    part: dict[str, Any] = {"from_step": first, "was": {key: was for key, (was, _) in differing(old, new).items()}}
+    if inputs := _differing_inputs(old.provenance or {}, new.provenance or {}):
+        part["inputs"] = inputs
+    return [*past, part] if first and (part["was"] or inputs) else past
+
+
+def scored_from(run: Run) -> int:
+    """The step after which all held-out losses of `run` are of the same tokens."""
+    parts = reversed((run.provenance or {}).get("changed", []))
+    return next((part["from_step"] for part in parts if _scores_otherwise(part)), 0)
+
+
+def _scores_otherwise(part: Mapping[str, Any]) -> bool:
+    kinds = ((part["was"], _SCORED), (part.get("inputs", {}), _SCORED_INPUTS))
+    return any(f"{key}.".startswith(f"{name}.") for found, names in kinds for key in found for name in names)
+
+
+def _differing_inputs(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What was known of the inputs and is not so any more, by dotted name."""
+    known = [key for key in DETERMINING if old.get(key) is not None]
+    was, now = (_flat({key: facts.get(key) for key in known}) for facts in (old, new))
+    return {key: was.get(key) for key in sorted(was.keys() | now.keys()) if was.get(key) != now.get(key)}
 
 
 class Part(NamedTuple):
@@ -37,6 +73,11 @@ def parts(run: Run, steps: int) -> list[Part]:
 def tokens_by(run: Run, step: int) -> int:
     """Tokens of text in the first `step` steps."""
     return sum((last - first) * then.batch.sequences * then.data.length for first, last, then in parts(run, step))
+
+
+def sequences_by(run: Run, step: int) -> int:
+    """Sequences in the first `step` steps."""
+    return sum((last - first) * then.batch.sequences for first, last, then in parts(run, step))
 
 
 def _before(run: Run, was: dict[str, Any]) -> Run:

@@ -30,7 +30,7 @@ class MetricsLog:
     """Appends to a metrics file. Lines after step `first` are dropped on opening: they are about to be redone.
 
     `also` is given every line that was appended, as a mapping. `tokens_before`: seen by step `first`, if not so many a
-    step.
+    step. `scored_from`: held-out losses up to that step were of other text, and are compared with none.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class MetricsLog:
         tokens_per_step: int,
         also: Callable[[Mapping[str, Any]], None] | None = None,
         tokens_before: int | None = None,
+        scored_from: int = 0,
     ):
         self.tokens_before = first * tokens_per_step if tokens_before is None else tokens_before
         self.file, self.first, self.tokens_per_step, self.also = file, first, tokens_per_step, also
@@ -48,7 +49,8 @@ class MetricsLog:
         self.skipped_before = self.skipped_written = max((line.get("skipped", 0) for line in kept), default=0)
         if not file.exists() or file.is_file():  # and not the null device of a rank that writes nothing
             write_file(file, "".join(to_json(line) + "\n" for line in kept))
-        self.held_out = [(line["step"], _losses(line["held_out"])) for line in kept if "held_out" in line]
+        scored = [line for line in kept if "held_out" in line and line["step"] > scored_from]
+        self.held_out = [(line["step"], _losses(line["held_out"])) for line in scored]
         self.started = time.monotonic()
         self.recent: dict[str, deque[float]] = {}
         for line in kept:

@@ -74,7 +74,8 @@ def _data(run: Run, results: Mapping[str, Any]) -> str:
     passes = f", {results['passes']:.3g} passes over the text" if "passes" in results else ""
     lines.append(f"- seen in training: {seen}{passes}{skipped if results.get('skipped') else ''}")
     for part in (run.provenance or {}).get("changed", []):
-        settings = ", ".join(f"`{key}` (was {was})" for key, was in part["was"].items())
+        before = {**part["was"], **part.get("inputs", {})}
+        settings = ", ".join(f"`{key}` (was {was})" for key, was in before.items())
         lines.append(f"- **changed on the way**, before step {part['from_step'] + 1}: {settings}")
     return "\n".join([*lines, ""])
 

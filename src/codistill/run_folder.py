@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from codistill.build import Built
 from codistill.checkpoint import distinct, gathered
@@ -27,15 +28,12 @@ from codistill.files import (
     without_nan,
     write_file,
 )
-from codistill.folders import LOCK
-from codistill.history import differing, parts, tokens_by
+from codistill.folders import LOCK, TOKENIZER
+from codistill.history import DETERMINING, parts, tokens_by
 from codistill.loading import load, read_run, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
 from codistill.watch import NonFiniteError
-
-# What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
-DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "versions")
 
 
 def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resume: bool, accept_changes: bool) -> None:
@@ -44,6 +42,8 @@ def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resu
     Without it the numbers would silently be of something else. A configuration without provenance has no such past.
     """
     before = load(read_run(out / "run.yaml")).provenance if resume else run.provenance
+    if resume:
+        _check_tokenizer(out, (before or {}).get("tokenizer"), provenance["tokenizer"])
     for key in DETERMINING if resume else DETERMINING[:-1]:
         was, now = (before or {}).get(key), provenance[key]
         if was is not None and was != now and not accept_changes:
@@ -51,6 +51,18 @@ def check_provenance(run: Run, out: Path, provenance: Mapping[str, Any], *, resu
                 f"provenance.{key}: the run was made with {_difference(was, now)}; bring the old one back, or accept "
                 f"{'it with --accept-changes' if resume else 'what is there by removing `provenance` from the file'}"
             )
+
+
+def _check_tokenizer(out: Path, was: str | None, now: str) -> None:
+    """UserError where trained models would be shown the tokens of another vocabulary: nobody can want that."""
+    if was in (None, now):
+        return
+    own = out / TOKENIZER
+    place = own if own.is_dir() else "the one that it was made with"
+    raise UserError(
+        f"data.tokenizer: the models in {out} have learned the tokens of another tokenizer ({str(was)[:8]}, now "
+        f"{now[:8]}), also where one is trained on other text; name theirs: --set data.tokenizer={place}"
+    )
 
 
 def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: bool, fresh: bool) -> None:
@@ -83,6 +95,12 @@ def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: boo
         raise machine_error(error, out) from error
 
 
+def keep_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Puts the run's tokenizer into its folder: one that was trained on its text cannot be had from other text."""
+    with atomic_folder(out / TOKENIZER) as fresh:
+        tokenizer.save_pretrained(fresh)
+
+
 def is_of_this_job(out: Path) -> bool:
     """Whether the run in `out` was begun or resumed by the very job that this process is part of."""
     return (out / JOB).is_file() and (out / "run.yaml").is_file() and (out / JOB).read_text() == job()
@@ -104,17 +122,6 @@ def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, A
             file=sys.stderr,
         )
     return past if past and before == now else [*past, {"from_step": first, **now}]
-
-
-def changed(run: Run, out: Path | None, first: int) -> list[dict[str, Any]]:
-    """From which step on which settings were others before, if `run` goes on in `out` from step `first`."""
-    if out is None:
-        return []
-    old = load(read_run(out / "run.yaml"))
-    were = {key: was for key, (was, _) in differing(old, run).items()}
-    # A run that goes on from before a change computes what came after it anew, with the settings of now.
-    past = [part | {"from_step": min(part["from_step"], first)} for part in (old.provenance or {}).get("changed", [])]
-    return [*past, {"from_step": first, "was": were}] if were and first else past
 
 
 class Ending(NamedTuple):
@@ -183,7 +190,7 @@ def _results(run: Run, built: Built, ending: Ending, seconds: float) -> dict[str
 
 def _flops(run: Run, built: Built, steps: int) -> dict[str, dict[str, int]]:
     """As `member_flops`, of all parts of the run; a teacher that a resumption left out has no model to count."""
-    rows = sum(len(batch.labels_N) for batch in built.batches.at(0)) / run.rows_per_step
+    rows = sum(len(batch.labels_N) for batch in built.batches.at(steps)) / run.rows_per_step
     total = {name: {"own": 0, "teachers": 0} for name in built.models}
     for first, last, then in parts(run, steps):
         found = member_flops(then, built.models, rows=round(rows * then.rows_per_step), steps=range(first, last))

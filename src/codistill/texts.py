@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,12 +38,21 @@ def corpora(
     train = _prepared(run, "train", spec, ranks)
     if is_new:
         check(train.tokenizer())
-    validation = _prepared(run, "validation", train.tokenizer(), ranks)
+    validation = _prepared(_cut_alike(run, train), "validation", train.tokenizer(), ranks)
     if ranks.is_main:
         _warn_of_unknown_text({"train": train, "validation": validation})
         _warn_of_seen_text(train, validation)
         _warn_of_cut_units(run, train)
     return train, validation
+
+
+def _cut_alike(run: Run, train: Corpus) -> Run:
+    """With the unit of a prepared training text, where none is named, for raw text that is scored on."""
+    unit = train.manifest["settings"]["unit"]
+    is_prepared = any((Path(source) / "manifest.json").is_file() for source in run.data.validation)
+    if is_prepared or run.data.unit != Data().unit:
+        return run
+    return replace(run, data=replace(run.data, unit=unit))
 
 
 def corpus_of(

@@ -23,19 +23,19 @@ from codistill.data.prefetch import prefetched
 from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.files import machine_error
-from codistill.history import tokens_by
+from codistill.history import DETERMINING, changed, scored_from, sequences_by, tokens_by
+from codistill.loading import load, read_run
 from codistill.machine import be_deterministic, keep_freed_memory
 from codistill.metrics import MetricsLog
 from codistill.objectives import Batch
 from codistill.progress import Advance, silent
 from codistill.run_folder import (
-    DETERMINING,
     Ending,
-    changed,
     check_provenance,
     distribution,
     finish,
     is_of_this_job,
+    keep_tokenizer,
     open_folder,
 )
 from codistill.scores import Score, held_out
@@ -94,10 +94,12 @@ def train(
             file=sys.stderr,
         )
     before = out if resume else None
-    parts = {"distribution": distribution(before, ranks, first), "changed": changed(run, before, first)}
-    run = _recorded(run, built, parts, ranks)
+    run = _recorded(run, built, distribution(before, ranks, first), ranks)
+    if resume:
+        run = _continued(run, built, out, first)
     with ExitStack() as held, _signals() as asked_to_stop:
         ranks.on_main(partial(open_folder, run, out, first, held, resume=resume, fresh=fresh))
+        ranks.on_main(lambda: keep_tokenizer(out, built.tokenizer))
         try:
             _run(run, built, out, first, advance, lambda step: ranks.any_late(asked_to_stop()) or step == stop_at)
         except OSError as error:
@@ -134,23 +136,36 @@ def _newest(out: Path, ranks: Ranks) -> Path | None:
     return None if step < 0 else checkpoint.place_of(out / "checkpoints", step)
 
 
-def _recorded(run: Run, built: Built, parts: Mapping[str, list[dict[str, Any]]], ranks: Ranks) -> Run:
+def _continued(run: Run, built: Built, out: Path, first: int) -> Run:
+    """`run` with a record of all that is not as it was, which is told; its batches go on with the next sequence."""
+    was = load(read_run(out / "run.yaml"))
+    parts = changed(was, run, first)
+    if built.cohort.ranks.is_main and len(parts) > len((was.provenance or {}).get("changed", [])):
+        new = [f"{key} (was {value})" for key, value in {**parts[-1]["was"], **parts[-1].get("inputs", {})}.items()]
+        print(f"{out}: changed from step {first + 1} on: {', '.join(new)}", file=sys.stderr)
+    run = replace(run, provenance=(run.provenance or {}) | ({"changed": parts} if parts else {}))
+    built.batches.begun = (first, sequences_by(run, first))
+    return run
+
+
+def _recorded(run: Run, built: Built, parts: list[dict[str, Any]], ranks: Ranks) -> Run:
     """`run` with all that determined its numbers, which must be the same on all ranks."""
     for name, fact in {**{key: built.provenance[key] for key in DETERMINING}, "precision": run.precision}.items():
         ranks.check_same(json.dumps(fact), name)
-    return replace(run, provenance=built.provenance | {name: part for name, part in parts.items() if part})
+    return replace(run, provenance=built.provenance | {"distribution": parts})
 
 
 def _run(run: Run, built: Built, out: Path, first: int, advance: Advance, asked_to_stop: Callable[[int], bool]) -> None:
     ranks, trained = built.cohort.ranks, _trained(built)
     file = out / "metrics.jsonl" if ranks.is_main else Path(os.devnull)
-    keep = run.checkpoint
+    keep, scored = run.checkpoint, scored_from(run)
+    retention = Retention(keep.keep, keep.keep_every, keep.keep_best, scored)
     with (
         closing(Tracker(run if ranks.is_main else replace(run, track=[]), out, first)) as tracker,
-        closing(Saver(out / "checkpoints", Retention(keep.keep, keep.keep_every, keep.keep_best), ranks)) as saver,
+        closing(Saver(out / "checkpoints", retention, ranks)) as saver,
     ):
         a_step = run.batch.sequences * run.data.length
-        log = ranks.together(lambda: MetricsLog(file, first, a_step, tracker.log, tokens_by(run, first)))
+        log = ranks.together(lambda: MetricsLog(file, first, a_step, tracker.log, tokens_by(run, first), scored))
         save = partial(saver.save, members=trained)
         pinned = built.cohort.device.type == "cuda"
         ahead = prefetched(built.batches, first, run.steps, rank=ranks.rank, world=ranks.world, pinned=pinned)

@@ -73,6 +73,8 @@ class Batches:
         self.order_keys = np.array([seed_of(seed, "order", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mask_keys = np.array([seed_of(seed, "mask", part) for part in range(len(mixture))], dtype=np.uint64)
         self.mixture_key = seed_of(seed, "mixture")
+        # A step, and the sequences before it: a run that was resumed had other batches before.
+        self.begun = (0, 0)
         # What is put on each micro-batch, given the running number of its first sequence. Set from outside: a teacher's
         # cache is checked against models, of which some are grown on these batches.
         self.attach: Callable[[int, Batch], Batch] = lambda first, batch: batch
@@ -87,7 +89,8 @@ class Batches:
                 f"batch.sequences: {self.sequences} cannot be shared out evenly to {shares}; choose a multiple of "
                 f"{self.accumulate * world}"
             )
-        first = step * self.sequences + rank * micro
+        begun, before = self.begun
+        first = before + (step - begun) * self.sequences + rank * micro
         firsts = [first + i * world * micro for i in range(self.accumulate)]
         return [self.attach(first, self._micro(first, micro)) for first in firsts]
 
