@@ -35,6 +35,29 @@ def test_the_example_is_trained_and_told(text, tmp_path):
     assert (tmp_path / "out" / "table.md").read_text().count("forward_kl − alone") == 1
 
 
+def test_a_changed_divergence_of_ones_own_is_refused(text, tmp_path):
+    """A cell's key has the place of the file only; its content is recorded beside it."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def squares(student_NV, teacher_NV, temperature):\n    return (student_NV - teacher_NV).square().mean(-1)"
+    )
+
+    def arms(scale, seed):
+        (at,) = settings(scale.masked, seed, passes=(1,))
+        pair = {role: at.learner(at.size.models[role]) for role in ("large", "small")}
+        own = replace(edge("large", "small"), divergence=f"{file}:squares")
+        return [at.arm("alone", {"large": pair["large"]}), at.arm("taught", pair, own)]
+
+    study, data = replace(STUDY, arms=arms), data_folder(tmp_path / "data", text)
+    out = tmp_path / "studies" / "out"
+    assert run_study(request(out, study), data=data, jobs=1)["missing"] == 0
+    file.write_text(file.read_text().replace("mean", "sum"))
+    with pytest.raises(
+        UserError, match=r"taught, seed 0 and what is trained now begin from .* code in one place \(mine.py\)"
+    ):
+        run_study(request(out, study, 2), data=data, jobs=1)
+
+
 def test_the_command_takes_a_file(tmp_path, capsys):
     main(["study", str(EXAMPLE), "--plan", "--out", str(tmp_path / "out")])
     assert "study divergences at tiny, 3 seeds: Which divergence" in " ".join(capsys.readouterr().out.split())
@@ -82,7 +105,7 @@ def test_another_model_in_a_teachers_place_is_refused_and_its_cells_are_not_take
     weights = load_file(place / "model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in weights.items()}, place / "model.safetensors")
     assert trained_in(out.parent / "other", 1) == [("taught", 0), ("further", 0)]
-    with pytest.raises(UserError, match=r"taught, seed 0 and what is trained now begin from different models in one"):
+    with pytest.raises(UserError, match=r"taught, seed 0 and what is trained now begin from different models or code"):
         run_study(request(out, study, 2), data=data, jobs=1)
     tabulate(request(out, study, 2))  # which reads no model
 

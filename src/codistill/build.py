@@ -27,6 +27,7 @@ from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
 from codistill.models import Predictor, check_documents_apart, load_model, load_own_tokenizer, train_all_tokens
 from codistill.objectives import Batch
+from codistill.own_code import function_of, is_own
 from codistill.provenance import pre_trained, provenance
 from codistill.scores import unigram_cross_entropy
 from codistill.teacher_cache import TeacherCache, open_for
@@ -58,6 +59,7 @@ def build(run: Run, device: torch.device, ranks: Ranks = ALONE) -> Built:
 
 def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, Any], dict[str, Predictor]]:
     """All of `Built` but the cohort, and the predictors for that, before they are placed."""
+    edges_of(run)  # raises UserError where a divergence of one's own is not there
     wanted = run.objective.name
     for name, member in run.members.items():
         if member.model is not None:
@@ -177,14 +179,16 @@ def edges_of(run: Run) -> list[Distillation]:
         Distillation(
             teacher=edge.teacher,
             student=edge.student,
-            divergence=edge.divergence,
+            divergence=function_of(edge.divergence, f"distillation.{index}.divergence")
+            if is_own(edge.divergence)
+            else edge.divergence,
             weight=schedules.build(edge.weight, run.steps),
             temperature=edge.temperature,
             kind=edge.kind,
             layers=edge.layers,
             relation_heads=edge.relation_heads,
         )
-        for edge in run.distillation
+        for index, edge in enumerate(run.distillation)
     ]
 
 

@@ -7,8 +7,10 @@ every weight take a number or a schedule (`codistill.schedules`).
 import math
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from codistill.errors import did_you_mean
+from codistill.own_code import is_own
 from codistill.schedules import Spec
 
 Family = Literal[
@@ -151,22 +153,23 @@ class Layers:
     teacher: list[int]
 
 
-_Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "squared_error"]
-_DIVERGENCES = get_args(_Divergence)
+_DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "squared_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
     """An edge: `teacher` teaches `student`, whose loss gains weight · what `kind` says. The teacher gets no gradient.
 
-    `logits`: τ² · divergence. `hidden`: squared error of states. `relation`: KL of attention relations, in
-    `relation_heads` heads, by default as many as the student's. `layers`: which, by default the last of each.
+    `logits`: τ² · divergence, of forward_kl, reverse_kl, jensen_shannon and squared_error; or FILE.py:FUNCTION, a
+    function of your own of student's and teacher's logits (N, V) and τ that gives (N,), τ² included where you want it.
+    `hidden`: squared error of states. `relation`: KL of attention relations, in `relation_heads` heads, by default as
+    many as the student's. `layers`: which, by default the last of each.
     """
 
     teacher: str
     student: str
     kind: Literal["logits", "hidden", "relation"] = "logits"
-    divergence: _Divergence = "forward_kl"
+    divergence: str = "forward_kl"
     weight: Spec = field(default=1.0)
     temperature: float = limited(1.0, above=0)
     layers: Layers | None = None
@@ -177,8 +180,9 @@ def edge_problem(edge: Any) -> str | None:
     """Why an edge's settings conflict, in words; None if they do not."""
     if edge.teacher == edge.student:
         return f"{edge.teacher!r} cannot teach itself; name another teacher or student"
-    if isinstance(edge.divergence, str) and edge.divergence not in _DIVERGENCES:
-        return f"divergence {edge.divergence!r}; wanted {', '.join(_DIVERGENCES)}"
+    if isinstance(edge.divergence, str) and edge.divergence not in _DIVERGENCES and not is_own(edge.divergence):
+        near = did_you_mean(edge.divergence, _DIVERGENCES)
+        return f"divergence {edge.divergence!r}{near}; wanted {', '.join(_DIVERGENCES)} or FILE.py:FUNCTION"
     if not isinstance(edge.temperature, Real) or not 0 < float(edge.temperature) < math.inf:
         return f"temperature {edge.temperature!r}; wanted a finite number above 0"
     if edge.kind not in ("logits", "hidden", "relation"):

@@ -17,7 +17,7 @@ def differing(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
 
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
-DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "versions")
+DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "divergences", "versions")
 # What decides which held-out tokens are scored; a loss on others is another quantity.
 _SCORED = ("data.length", "data.packing", "data.within_documents", "objective", "evaluate.sequences", "seed")
 _SCORED_INPUTS = ("data.validation", "tokenizer", "special_tokens")

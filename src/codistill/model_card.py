@@ -57,7 +57,7 @@ def _edge(run: Run, edge: DistillationConfig) -> str:
     teacher = run.members[edge.teacher]
     learns = "frozen" if teacher.frozen else "trained beside it"
     weight = edge.weight if isinstance(edge.weight, int | float) else f"`{json.dumps(edge.weight)}`"
-    what = {"hidden": "hidden states", "relation": "attention relations"}.get(edge.kind, edge.divergence)
+    what = {"hidden": "hidden states", "relation": "attention relations"}.get(edge.kind, _last_part(edge.divergence))
     return f"| `{edge.teacher}`{_shape(teacher)}; {learns} | {what} | {edge.temperature} | {weight} |"
 
 
@@ -122,7 +122,8 @@ def _again(run: Run) -> str:
     )
     data = replace(run.data, train=train, validation=validation, tokenizer=tokenizer)
     members = {name: _without_place(member) for name, member in run.members.items()}
-    plain = to_yaml(replace(run, provenance=None, data=data, members=members))
+    edges = [replace(edge, divergence=_last_part(edge.divergence)) for edge in run.distillation]
+    plain = to_yaml(replace(run, provenance=None, data=data, members=members, distillation=edges))
     return (
         "## The whole recipe\n\nFor `codistill train`, once text and models are named where they lie.\n\n"
         f"```yaml\n{plain}```\n"

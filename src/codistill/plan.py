@@ -22,6 +22,7 @@ from codistill.kernels.rows import scratch_bytes
 from codistill.member import Member
 from codistill.models import Predictor, load_model
 from codistill.objectives import Batch
+from codistill.provenance import own_divergences
 from codistill.texts import tokenizer_spec
 
 _STEPS_TRIED = 3
@@ -128,7 +129,7 @@ def memory_of(
         "optimizer states": 8 * sum(costs[name].parameters for name in trained),
         "activations": sum(costs[name].saved_bytes for name in trained),
         "gradients of output layers": 4 * sum(vocabulary * costs[name].width for name in trained),
-        "the loss's buffers": loss,
+        "the loss's buffers" + (", without own divergences" if own_divergences(run) else ""): loss,
     }
 
 

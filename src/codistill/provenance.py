@@ -16,6 +16,7 @@ from codistill.config import Run
 from codistill.data.corpus import Corpus
 from codistill.data.tokenizers import special_tokens_of, tokenizer_hash
 from codistill.files import sha256
+from codistill.own_code import file_of, is_own
 
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
 
@@ -40,9 +41,20 @@ def provenance(
         "tokenizer": tokenizer_hash(tokenizer),
         "special_tokens": special_tokens_of(tokenizer),
         "members": {name: _weights_hash(path) for name, path in pre_trained(run).items()},
-        # By itself, so that a run from before it was recorded goes on.
+        # By themselves, so that a run from before they were recorded goes on.
+        "divergences": {spec: file_hash(file_of(spec)) for spec in own_divergences(run) if file_of(spec).is_file()},
         "configurations": {name: _config_hash(path) for name, path in pre_trained(run).items()},
     }
+
+
+def file_hash(file: Path) -> str:
+    """A short name for the content of `file`."""
+    return sha256(file)[:16]
+
+
+def own_divergences(run: Run) -> list[str]:
+    """The edges' divergences that are functions of the user's own, FILE.py:FUNCTION."""
+    return list(dict.fromkeys(edge.divergence for edge in run.distillation if is_own(edge.divergence)))
 
 
 def pre_trained(run: Run) -> dict[str, str]:

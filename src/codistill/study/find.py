@@ -3,28 +3,22 @@ anything is trained.
 """
 
 import re
-import sys
-import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import TypeVar
 
 from codistill.config import Data, Run
 from codistill.errors import UserError, did_you_mean
 from codistill.loading import load, to_dict
+from codistill.own_code import module_of, tried
 from codistill.study.arms import Arm, grouped, keys_of, merged
 from codistill.study.design import Study
 from codistill.study.grids import STUDIES
 from codistill.study.scales import Scale
 
-_T = TypeVar("_T")
 _TEXT = ["text"]  # for a look at what a run says but for its text
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
-_MODULE = "codistill_own_study"
 
 
 def find_study(name: str) -> Study:
@@ -42,36 +36,13 @@ def find_study(name: str) -> Study:
 def _in_file(file: Path) -> Study:
     if not file.is_file():
         raise UserError(f"{file}: there is no such file; give a study's name or a Python file that has a STUDY")
-    module = _tried(file, lambda: _run(file))
+    module = module_of(file.absolute())
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise UserError(f"{file}: its STUDY is {study!r}; give it STUDY = Study(…), of codistill.study")
     if study.name in STUDIES:
         raise UserError(f"{file}: codistill has a study {study.name!r} itself; give yours another name")
-    return replace(study, arms=lambda scale, seed: _tried(file, lambda: study.arms(scale, seed)))
-
-
-def _run(file: Path) -> ModuleType:
-    spec = spec_from_file_location(_MODULE, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[_MODULE] = module_from_spec(spec)  # where dataclasses look for it
-    sys.path.insert(0, str(file.absolute().parent))  # as `python FILE` would, for what lies beside it
-    spec.loader.exec_module(module)
-    return module
-
-
-def _tried(file: Path, call: Callable[[], _T]) -> _T:
-    """What `call`, which runs code of `file`, returns; what it raises as one line with its place."""
-    try:
-        return call()
-    except UserError:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(file.absolute())]
-        place = f" in line {lines[-1]}" if lines else ""
-        raise UserError(f"{file}: {type(error).__name__}{place}: {' '.join(str(error).split())}") from error
+    return replace(study, arms=lambda scale, seed: tried(file, lambda: study.arms(scale, seed)))
 
 
 def check_study(study: Study, scale: Scale) -> None:

@@ -1,6 +1,6 @@
-"""The models from outside a study that its arms begin from. A key has only the place of such a model, where another
-may lie tomorrow: what lay there is recorded in every cell that came of it, under a name for the place that says nothing
-of somebody's disk but its last part.
+"""The models from outside a study that its arms begin from, and divergences of one's own. A key has only the place of
+such a thing, where another may lie tomorrow: what lay there is recorded in every cell that came of it, under a name for
+the place that says nothing of somebody's disk but its last part.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from codistill.errors import UserError, first_line
-from codistill.provenance import model_hash, pre_trained, recorded_model
+from codistill.own_code import file_of
+from codistill.provenance import file_hash, model_hash, own_divergences, pre_trained, recorded_model
 from codistill.study.arms import Arm
 from codistill.study.cells import Cell
 
@@ -31,27 +32,29 @@ def outside_of(arms: Sequence[Arm]) -> dict[tuple[str, str, int], dict[str, str]
 
 
 def own_models(arm: Arm) -> dict[str, str]:
-    """Name → path of the models from outside that `arm` itself begins from."""
-    return {_name(path): path for path in _own(arm).values()}
+    """Name → path of the models from outside that `arm` itself begins from, and of its edges' own Python files."""
+    files = (str(file_of(spec)) for spec in own_divergences(arm.run))
+    return {_name(path): path for path in (*_own(arm).values(), *files)}
 
 
 def recorded(arm: Arm, names: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, str]:
-    """Name → content of the models that `arm` itself began from, by the provenance `facts` of its run; `names`: role →
-    member there."""
-    return {_name(path): recorded_model(facts, names[role]) for role, path in _own(arm).items()}
+    """Name → content of what `arm` itself began from, by the provenance `facts` of its run; `names`: role → member
+    there."""
+    models = {_name(path): recorded_model(facts, names[role]) for role, path in _own(arm).items()}
+    return models | {_name(str(file_of(spec))): facts["divergences"][spec] for spec in own_divergences(arm.run)}
 
 
 def content_now(paths: Mapping[str, str], needed: Sequence[str]) -> dict[str, str]:
-    """Name → content of the models that lie at these `paths` now. UserError where one of the `needed` is not there; of
+    """Name → content of what lies at these `paths` now. UserError where one of the `needed` is not there; of
     the others those are left out."""
     found = {}
     for name, path in paths.items():
         try:
-            found[name] = model_hash(os.path.expanduser(path))
+            found[name] = file_hash(Path(path)) if path.endswith(".py") else model_hash(os.path.expanduser(path))
         except (OSError, ValueError) as error:
             if name in needed:
                 raise UserError(
-                    f"no model can be read at {path!r}, which an arm begins from: {first_line(error)}"
+                    f"nothing can be read at {path!r}, which an arm begins from: {first_line(error)}"
                 ) from None
     return found
 
@@ -70,8 +73,8 @@ def check_same_models(cells: Sequence[Cell], now: Mapping[str, str] | None = Non
         if len(of) > 1:
             first, second, *_ = of.values()
             raise UserError(
-                f"{first} and {second} begin from different models in one place ({name.rpartition('-')[0]}), so they "
-                "cannot be compared; bring the first one back, or give another --out"
+                f"{first} and {second} begin from different models or code in one place ({name.rpartition('-')[0]}); "
+                "they cannot be compared: bring the first one back, or give another --out"
             )
 
 
