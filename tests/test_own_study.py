@@ -112,7 +112,7 @@ def test_another_model_in_a_teachers_place_is_refused_and_its_cells_are_not_take
     later = held["taught"] | {"seed": 1, "outside": dict.fromkeys(held["taught"]["outside"], "another")}
     every = study.arms(SCALE, 0) + study.arms(SCALE, 1)
     Cells(out).put(keys_of(every)["one pass", "taught", 1], later)
-    with pytest.raises(UserError, match=r"taught, seed 0 and taught, seed 1 begin from .* \(weak\), so they cannot be"):
+    with pytest.raises(UserError, match=r"taught, seed 0 and taught, seed 1 begin from .* \(weak\); they cannot be"):
         tabulate(request(out, study, 2))
 
 
