@@ -39,7 +39,10 @@ def test_recipes_are_listed_with_a_line_each(capsys):
     [
         (["train", "cctd"], "there is no recipe or file 'cctd' (did you mean ctcd?)"),
         (["train", "ctcd", "--set", "step=3"], "step: there is no such setting (did you mean steps?)"),
-        (["train", "ctcd", "--set", "steps"], "--set steps: write KEY=VALUE, as in --set steps=100"),
+        (["train", "ctcd", "--set", "steps"], "--set steps: write KEY=VALUE without a space, as in --set steps=100"),
+        (["train", "ctcd", "--set", "steps", "4"], "--set steps: write KEY=VALUE without a space, as in"),
+        (["train", "--set", "steps", "4"], "--set steps: write KEY=VALUE without a space, as in"),
+        (["evaluate", ".", "--tasks", "mlm", "--out", "x", "--set", "epochs", "5"], "--set epochs: write KEY=VALUE"),
         (["train", "ctcd", "--resume", "--fresh"], "--resume and --fresh exclude each other"),
         (["train", "dwt"], "make it with `codistill train standalone:tiny --set"),
         (["train", "none.yaml"], "none.yaml cannot be read as a configuration"),
