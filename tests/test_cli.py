@@ -131,6 +131,18 @@ def test_what_can_be_refused_without_torch_is(arguments, message, tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_the_help_of_bench_names_every_provider():
+    """It has a list of its own, because the benchmarks' import torch."""
+    from codistill.bench import providers, step
+    from codistill.cli.bench import LOSS_PROVIDERS, STEP_PROVIDERS
+
+    assert tuple(providers.PROVIDERS) == LOSS_PROVIDERS
+    assert tuple(step.PROVIDERS) == STEP_PROVIDERS
+    for command, name in (("loss", '"quack, hard only"'), ("step", '"ours, one by one"')):
+        page = (ROOT / "docs" / "cli.md").read_text().split(f"## codistill bench {command}")[1].split("## ")[0]
+        assert name in " ".join(page.replace("│", " ").split())
+
+
 def test_the_generated_help_is_current():
     subprocess.run([sys.executable, str(ROOT / "docs" / "generate_cli.py"), "--check"], check=True)
 
