@@ -80,7 +80,8 @@ class ModelConfig:
 
     `heads` None: width / 64. `key_value_heads` None: as many, or with `init` as many for each head as in its source.
     `feed_forward` None: 1.5 · width (gated) for ModernBERT, 4 · width for the other masked families and GPT-2,
-    3 · width (gated) for the other causal ones.
+    3 · width (gated) for the other causal ones. With an `init` that changes no width (neither `width` nor `learned`),
+    from a source as wide as this, both None: as many as the source has.
     """
 
     family: Family = "modernbert"
@@ -103,8 +104,9 @@ class InitConfig:
 
     `from`: a model folder, as a finished run's members/NAME or a checkpoint's NAME. `depth` and `width` are methods of
     `codistill.remap`; `depth` may be a list of source layers instead, counted from 0. `learned`: steps of LiGO on the
-    run's own text, which begin from `depth` and find the widths themselves. What `model` has no setting for is the
-    source's: rotary positions, norm epsilons, activation, vocabulary.
+    run's own text, which begin from `depth` and find the widths themselves.
+    Without `width` and `learned` only the depth changes, and heads and feed-forward units that `model` does not name
+    are the source's. So is what `model` has no setting for: rotary positions, norm epsilons, activation, vocabulary.
     """
 
     from_: str
@@ -112,6 +114,11 @@ class InitConfig:
     width: str | None = None
     noise: float = limited(0.0, low=0)
     learned: int | None = limited(None, low=1)
+
+    @property
+    def keeps_widths(self) -> bool:
+        """Whether all widths have to be the source's."""
+        return self.width is None and self.learned is None
 
 
 @dataclass(frozen=True, kw_only=True)
