@@ -96,11 +96,26 @@ def test_only_what_computes_the_same_gradients_is_timed(recipe, text, monkeypatc
     assert "seconds" not in rows["absent"]
     assert json.loads((tmp_path / "step.json").read_text()) == result
     assert set(result["phases"]) == {"data", "forward", "loss", "backward", "update"}
-    assert "not run: wrong" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "not run: wrong" in said.out
+    said_of = [line for line in said.err.splitlines() if line.startswith(("gradients", "memory", "timing"))]
+    assert said_of == [
+        "gradients, 1 of 6: ours",
+        "gradients, 2 of 6: ours, one by one",
+        "gradients, 3 of 6: plain",
+        "gradients, 4 of 6: plain, all rows",
+        "gradients, 5 of 6: wrong",
+        "gradients, 6 of 6: absent",
+        "memory, 1 of 4: ours",
+        "memory, 2 of 4: ours, one by one",
+        "memory, 3 of 4: plain",
+        "memory, 4 of 4: plain, all rows",
+        "timing, turn 1 of 2",
+    ]
 
 
 def test_an_unknown_provider_is_refused(text):
-    with pytest.raises(UserError, match="providers: 'theirs' is unknown; known are ours, "):
+    with pytest.raises(UserError, match="providers: 'theirs' is unknown; known are 'ours', 'ours, compiled', 'ours, o"):
         bench.bench_step(small_run("ctcd:tiny", text), providers=["theirs"])
 
 

@@ -39,7 +39,10 @@ def test_recipes_are_listed_with_a_line_each(capsys):
     [
         (["train", "cctd"], "there is no recipe or file 'cctd' (did you mean ctcd?)"),
         (["train", "ctcd", "--set", "step=3"], "step: there is no such setting (did you mean steps?)"),
-        (["train", "ctcd", "--set", "steps"], "--set steps: write KEY=VALUE, as in --set steps=100"),
+        (["train", "ctcd", "--set", "steps"], "--set steps: write KEY=VALUE without a space, as in --set steps=100"),
+        (["train", "ctcd", "--set", "steps", "4"], "--set steps: write KEY=VALUE without a space, as in"),
+        (["train", "--set", "steps", "4"], "--set steps: write KEY=VALUE without a space, as in"),
+        (["evaluate", ".", "--tasks", "mlm", "--out", "x", "--set", "epochs", "5"], "--set epochs: write KEY=VALUE"),
         (["train", "ctcd", "--resume", "--fresh"], "--resume and --fresh exclude each other"),
         (["train", "dwt"], "make it with `codistill train standalone:tiny --set"),
         (["train", "none.yaml"], "none.yaml cannot be read as a configuration"),
@@ -126,6 +129,18 @@ def test_what_can_be_refused_without_torch_is(arguments, message, tmp_path):
         )  # fmt: skip
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_the_help_of_bench_names_every_provider():
+    """It has a list of its own, because the benchmarks' import torch."""
+    from codistill.bench import providers, step
+    from codistill.cli.bench import LOSS_PROVIDERS, STEP_PROVIDERS
+
+    assert tuple(providers.PROVIDERS) == LOSS_PROVIDERS
+    assert tuple(step.PROVIDERS) == STEP_PROVIDERS
+    for command, name in (("loss", '"quack, hard only"'), ("step", '"ours, one by one"')):
+        page = (ROOT / "docs" / "cli.md").read_text().split(f"## codistill bench {command}")[1].split("## ")[0]
+        assert name in " ".join(page.replace("│", " ").split())
 
 
 def test_the_generated_help_is_current():

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from cyclopts import CycloptsError
 
 from codistill.cli import app
@@ -60,3 +61,56 @@ def test_commands_and_settings_exist(page):
                 load(override(to_dict(find(arguments[0])), settings))
             except UserError as error:
                 pytest.fail(f"{page.name}: codistill {name} {' '.join(arguments)}: {error}")
+
+
+# ---- the page of settings, by what the loader says and takes ------------------------------------
+
+SETTINGS = dict(
+    re.findall(r"^\| `([\w.]+)` \|.*\| (\S.*|) \|$", (ROOT / "docs" / "settings.md").read_text(), flags=re.M)
+)
+PARTS = (
+    *("", "objective", "data", "members.NAME", "members.NAME.model", "members.NAME.init", "distillation.N"),
+    *("distillation.N.layers", "batch", "checkpoint", "evaluate", "stop_early", "log"),
+)
+
+
+def named_by_the_loader(part: str) -> list[str]:
+    """The settings that the refusal of an unknown one lists."""
+    path = f"{part}.unknown".lstrip(".").replace("NAME", "large").replace("N.", "0.")
+    with pytest.raises(UserError, match="there is no such setting") as refusal:
+        load(override(to_dict(find("ctcd")), [f"{path}=1"]))
+    return str(refusal.value).rpartition("there are ")[2].split(", ")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_setting_of_a_part_is_on_the_page(part):
+    listed = [name for name in SETTINGS if name.rpartition(".")[0] == part]
+    assert [name.rpartition(".")[2] for name in listed] == named_by_the_loader(part)
+    assert {name.rpartition(".")[0] for name in SETTINGS} == set(PARTS)
+
+
+def test_the_defaults_on_the_page_are_those_of_a_run_that_does_not_say():
+    tree = {"members": {"a": {"model": {}}, "b": {"path": "p", "frozen": True}}, "stop_early": {}}
+    tree["members"]["a"]["init"] = {"from": "source"}
+    tree["distillation"] = [{"teacher": "b", "student": "a"}]
+    run = load(tree)
+    parts = {"": run, "members.NAME": run.members["b"], "members.NAME.model": run.members["a"].model}
+    parts |= {"members.NAME.init": run.members["a"].init, "distillation.N": run.distillation[0]}
+    given = {"members", "members.NAME.path", "members.NAME.frozen", "distillation", "stop_early"}
+    compared = 0
+    for name, default in SETTINGS.items():
+        part, _, last = name.rpartition(".")
+        if default and default != "required" and name not in given:
+            owner = parts.get(part) or getattr(run, part)
+            assert getattr(owner, last) == yaml.safe_load(default.strip("`")), name
+            compared += 1
+    assert compared > 50
+
+
+def test_the_page_of_settings_tells_of_every_one():
+    """A setting without settings of its own stands in the words above its table."""
+    page = (ROOT / "docs" / "settings.md").read_text()
+    for section in page.split("\n## ")[1:]:
+        words, table = section.split("| setting |")
+        for name, takes in re.findall(r"^\| `([\w.]+)` \| (.*?) \|", table, flags=re.M):
+            assert takes.startswith("[`") or f"`{name.rpartition('.')[2]}`" in words, name

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from codistill.cli import main
 from codistill.errors import MachineError, UserError
 from codistill.export import export_member
 from codistill.export import onnx as onnx_room
+from codistill.loading import load, read_run
+from codistill.model_card import model_card
 from codistill.train import Stopped, train
 from runs import small_run, with_teachers
 
@@ -97,6 +100,30 @@ def test_the_card_says_what_the_run_folder_says(text, teacher, tmp_path):
     assert str(text.parent) not in card
     assert str(teacher.parent) not in card
     assert "taken as it was and not trained" in card_of(out, "weak")
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("corpus/*", "corpus/*"),
+        ("/home/me/secret/corpus/*.txt", "corpus/*.txt"),
+        ("/home/me/secret/corpus/**/[0-9]*.jsonl.gz", "corpus/**/[0-9]*.jsonl.gz"),
+        ("/home/me/secret/shard-*.parquet", "shard-*.parquet"),
+        ("/home/me/secret/corpus/", "corpus"),
+        ("/home/me/secret/prose.txt", "prose.txt"),
+        ("*", "*"),
+        ("builtin:python/train", "builtin:python/train"),
+    ],
+)
+def test_a_card_names_the_end_of_a_source_that_has_a_name_and_no_more(source, shown, finished):
+    run = load(read_run(finished / "run.yaml"))
+    run = replace(run, data=replace(run.data, train=[source], validation=[source]))
+    card = model_card(run, json.loads((finished / "results.json").read_text()), "large")
+    assert f"- train: `{shown}`: 1 documents" in card
+    recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+    assert recipe["data"]["train"] == recipe["data"]["validation"] == [shown]
+    assert "/home" not in card
+    assert "secret" not in card
 
 
 def test_a_card_names_the_twin(text, tmp_path):

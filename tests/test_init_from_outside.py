@@ -184,6 +184,62 @@ def test_a_source_that_this_run_cannot_begin_from_is_refused_in_one_line(config,
         assert "\n" not in str(refusal.value)
 
 
+UNUSUAL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
+OF_OTHER_HEADS = {
+    "bert": BertConfig(**UNUSUAL),
+    "roberta": RobertaConfig(**UNUSUAL, max_position_embeddings=64, pad_token_id=1),
+    "distilbert": DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=80),
+    "modernbert": modernbert(**UNUSUAL),
+    "llama, grouped queries": llama(**UNUSUAL, num_key_value_heads=2),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_inner=80, n_positions=40, bos_token_id=0, eos_token_id=0),
+    "gpt2 of the usual units": GPT2Config(n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0),
+    "bert, whose width is no multiple of 64": BertConfig(**UNUSUAL | {"hidden_size": 200}),
+}
+
+
+def deeper(text, source, config, init, **sizes):
+    """A run whose model names no heads and no feed-forward units, unless `sizes` do."""
+    run = to_dict(grown(text, source, config, {"width": 64}, init))
+    family = config.model_type
+    run["members"]["large"]["model"] = {"family": family, "layers": 4, "width": config.hidden_size, **sizes}
+    return load(run)
+
+
+@pytest.mark.parametrize("what", OF_OTHER_HEADS)
+def test_where_only_the_depth_grows_heads_and_feed_forward_units_are_the_sources(what, text, folder):
+    config = OF_OTHER_HEADS[what]
+    source = folder(config)
+    kind = AutoModelForCausalLM if config.model_type in ("llama", "gpt2") else AutoModelForMaskedLM
+    run = deeper(text, source, config, {"depth": "identity"})
+    model = build(run, CPU).models["large"]
+    assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (4, 4)
+    known = vocabulary_size(load_tokenizer(str(source)))
+    ids_BT = torch.randint(5, known, (4, 32), generator=torch.Generator().manual_seed(1))
+    expected = logits(kind.from_pretrained(source), ids_BT)
+    torch.testing.assert_close(logits(model, ids_BT), expected, rtol=1e-4, atol=2e-4)
+    counted = plan(run, CPU)
+    assert counted.parameters["large"] == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_sizes_that_a_member_names_or_a_width_method_makes_are_its_own(text, folder):
+    config = OF_OTHER_HEADS["bert"]
+    source = folder(config)
+    for init, sizes, expected in (
+        ({"width": "replicate"}, {"heads": 4, "feed_forward": 160}, (4, 160)),
+        ({"width": "replicate"}, {"heads": 4}, (4, 128)),
+        ({"learned": 1}, {"heads": 4}, (4, 128)),
+    ):
+        config_of = build(deeper(text, source, config, {"depth": "stack", **init}, **sizes), CPU).models["large"].config
+        assert (config_of.num_attention_heads, config_of.intermediate_size) == expected
+    for sizes in ({"heads": 2}, {"feed_forward": 128}):
+        with pytest.raises(UserError, match="width: the shapes differ, so choose a method that widens"):
+            build(deeper(text, source, config, {"depth": "stack"}, **sizes), CPU)
+    with pytest.raises(
+        UserError, match=r"^members\.large\.model\.key_value_heads: 4 came in; bert with 4 heads takes none"
+    ):
+        plan(deeper(text, source, config, {"depth": "stack"}, key_value_heads=4), CPU)
+
+
 def test_longer_rows_than_the_source_was_made_for_where_positions_are_only_turned_by(text, folder):
     """A new Llama has at least 512 positions, so a run of longer rows could begin from one all along."""
     config = llama(max_position_embeddings=16)

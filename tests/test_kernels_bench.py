@@ -26,7 +26,10 @@ def test_the_result_is_data(tmp_path, capsys):
     assert all(rows[name]["error"] < 1e-5 for name in chosen[1:-1])
     assert "seconds" not in rows["quack, hard only"]
     assert "quack" in rows["quack, hard only"]["reason"] or "CUDA" in rows["quack, hard only"]["reason"]
-    assert "not run: quack, hard only" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "not run: quack, hard only" in said.out
+    assert "gradients, 4 of 6: ours, chunked\n" in said.err
+    assert "memory, 5 of 5: ours, reference\ntiming, turn 1 of 3\n" in said.err
 
 
 def test_peaks_count_the_gradients(monkeypatch):
@@ -86,6 +89,13 @@ def test_turns_are_taken():
     assert {name: len(seconds) for name, seconds in found.items()} == {"a": 3, "b": 3, "c": 3}
 
 
+def test_long_timings_say_now_and_then_how_far_they_are(monkeypatch, capsys):
+    clock = iter((0, 10, 20, 29, 36))
+    monkeypatch.setattr(measure.time, "monotonic", lambda: next(clock))
+    measure.interleaved({"a": lambda: None}, 4, "cpu")
+    assert capsys.readouterr().err.splitlines() == [f"timing, turn {turn} of 5" for turn in (1, 3, 5)]
+
+
 def test_peak_memory_is_of_the_step():
     peak = measure.peak_bytes(lambda: torch.ones(12_500_000).sum(), "cpu")
     if peak is None:
@@ -96,7 +106,7 @@ def test_peak_memory_is_of_the_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"providers": ["mine"]}, "providers: 'mine' is unknown; known are bare products, "),
+        ({"providers": ["mine"]}, "providers: 'mine' is unknown; known are 'bare products', 'ours, chunked', "),
         ({"dtype": "float16"}, "dtype: 'float16'; wanted 'float32' or 'bfloat16'"),
         ({"device": "tpu"}, "device: 'tpu' is not here"),
         ({"runs": 0}, "runs 0: at least one is needed"),

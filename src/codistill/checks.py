@@ -58,15 +58,17 @@ def _check_member(name: str, member: Any, run: Run) -> None:
         raise UserError(f"members.{name}.gradient_checkpointing: a frozen member keeps no activations; leave it out")
     if len(member.betas) != 2 or not all(0 <= beta < 1 for beta in member.betas):
         raise UserError(f"members.{name}.betas: {member.betas} came in where two numbers in [0, 1) are wanted")
-    if member.model is not None:
-        _check_heads(member.model, f"members.{name}.model")
+    heads_are_the_sources = member.init is not None and member.init.keeps_widths and member.model.heads is None
+    if member.model is not None and not heads_are_the_sources:  # those are checked when the source is read
+        check_heads(member.model, f"members.{name}.model")
 
 
 _ROTARY = ("modernbert", "llama", "qwen2", "qwen3", "gemma3_text")
 _WITH_KEY_VALUE_HEADS = ("llama", "qwen2", "qwen3", "gemma3_text")
 
 
-def _check_heads(model: ModelConfig, field: str) -> None:
+def check_heads(model: ModelConfig, field: str) -> None:
+    """UserError where the heads of `model` do not share out its width, or its family has none such."""
     heads = model.num_heads
     if model.width % heads:
         raise UserError(f"{field}.heads: a width of {model.width} does not divide into {heads} heads")

@@ -39,8 +39,9 @@ KINDS = {"mlm": "masked", "clm": "causal"}
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is predicted: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept), with `whole_word`
-    all pieces of a word or none; `clm` predicts every token from those before it, and has no use for either."""
+    """What is predicted, by its `name`: `mlm` masks `mask_rate` of each row (80 % [MASK], 10 % random, 10 % kept), with
+    `whole_word` all pieces of a word or none; `clm` predicts every token from those before it, and has no use for
+    either."""
 
     name: Literal["mlm", "clm"] = "mlm"
     mask_rate: float = limited(0.15, above=0, high=0.9)
@@ -53,7 +54,9 @@ class Objective:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Text and its tokenizer. `tokenizer` None: the one of a prepared folder, or of the run's pre-trained members.
+    """Text and its tokenizer. `train` and `validation`: files, folders, globs, built-in text, hub data sets, or one
+    prepared folder (docs/data.md). `tokenizer`: a folder, a hub name, a vocab.txt, or `train:wordpiece:4096` to train
+    one; None: the one of a prepared folder, or of the run's pre-trained members. `length`: tokens in a row.
 
     `column`: where the text stands in .jsonl and Parquet. `unit`: what a separator ends, document, paragraph or
     sentence; `keep_every` 4: train on one unit of every four. `packing`: rows cut from the running text
@@ -78,11 +81,13 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """An architecture to initialise at random; its vocabulary is the tokenizer's.
+    """An architecture of `family` to initialise at random: `layers` of `width`, with `dropout`; its vocabulary is the
+    tokenizer's.
 
     `heads` None: width / 64. `key_value_heads` None: as many, or with `init` as many for each head as in its source.
     `feed_forward` None: 1.5 · width (gated) for ModernBERT, 4 · width for the other masked families and GPT-2,
-    3 · width (gated) for the other causal ones.
+    3 · width (gated) for the other causal ones. With an `init` without `width` and `learned`, from a source of this
+    width, both are as many as the source has.
     """
 
     family: Family = "modernbert"
@@ -104,9 +109,11 @@ class InitConfig:
     """What a member starts from instead of random numbers (docs/remap.md).
 
     `from`: a model folder, as a finished run's members/NAME or a checkpoint's NAME. `depth` and `width` are methods of
-    `codistill.remap`; `depth` may be a list of source layers instead, counted from 0. `learned`: steps of LiGO on the
-    run's own text, which begin from `depth` and find the widths themselves. What `model` has no setting for is the
-    source's: rotary positions, norm epsilons, activation, vocabulary.
+    `codistill.remap`; `depth` may be a list of source layers instead, counted from 0. `noise` parts the copies that
+    `width` makes, by so many standard deviations, and keeps the function. `learned`: steps of LiGO on the run's own
+    text, which begin from `depth` and find the widths themselves.
+    Without `width` and `learned` only the depth changes, and heads and feed-forward units that `model` does not name
+    are the source's. So is what `model` has no setting for: rotary positions, norm epsilons, activation, vocabulary.
     """
 
     from_: str
@@ -115,13 +122,20 @@ class InitConfig:
     noise: float = limited(0.0, low=0)
     learned: int | None = limited(None, low=1)
 
+    @property
+    def keeps_widths(self) -> bool:
+        """Whether all widths have to be the source's."""
+        return self.width is None and self.learned is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemberConfig:
     """A model of the cohort: `model` (a new one) or `path` (a Hugging Face folder or hub name).
 
     A new one starts at random, or with `init` from another model of any size. `trust_remote_code`: run Python code
-    that comes with the model at `path`.
+    that comes with the model at `path`. `frozen`: teach, and do not learn. `hard_weight`: of its loss on the text
+    itself, beside what teachers add. AdamW takes `lr`, `betas`, `eps` and `weight_decay`, after the gradient's norm is
+    cut to `clip`.
     `cached`: a folder of `codistill cache-teacher`, read in place of running a frozen member (docs/causal.md).
     `gradient_checkpointing` computes activations again in the backward pass instead of keeping them: the same bits,
     less memory, more time. `twin_of` names a member whose settings, initialisation and noise this one shares, for a
@@ -158,12 +172,12 @@ _DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon", "squared_error")
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationConfig:
-    """An edge: `teacher` teaches `student`, whose loss gains weight · what `kind` says. The teacher gets no gradient.
+    """An edge: `teacher` teaches `student`, whose loss gains `weight` · what `kind` says. The teacher gets no gradient.
 
-    `logits`: τ² · divergence, of forward_kl, reverse_kl, jensen_shannon and squared_error; or FILE.py:FUNCTION, a
-    function of your own of student's and teacher's logits (N, V) and τ that gives (N,), τ² included where you want it.
-    `hidden`: squared error of states. `relation`: KL of attention relations, in `relation_heads` heads, by default as
-    many as the student's. `layers`: which, by default the last of each.
+    `logits`: τ² · `divergence`, of forward_kl, reverse_kl, jensen_shannon and squared_error, τ being the `temperature`;
+    or FILE.py:FUNCTION, a function of your own of student's and teacher's logits (N, V) and τ that gives (N,), τ²
+    included where you want it. `hidden`: squared error of states. `relation`: KL of attention relations, in
+    `relation_heads` heads, by default as many as the student's. `layers`: which, by default the last of each.
     """
 
     teacher: str
@@ -257,6 +271,9 @@ class Logging:
 class Run:
     """All that determines a run's numbers; `provenance` is what `run.yaml` records besides (versions, data hashes).
 
+    `recipe`: the name of what it was made from. `steps`: of all members together, on one batch each. `precision`: of
+    matrix products; auto is what the device is good at. `seed`: of parameters, noise, and the order and masks of the
+    text. `deterministic`: on a GPU, only algorithms that repeat their bits, which is slower.
     `non_finite`: what to do about a step with a loss or gradient that is not finite: stop, or skip it and count.
     `compile`: whether layers (on a CPU the loss too) are compiled: faster; other roundings; a minute at the start.
     `distributed`: what the processes that torchrun starts share; auto is ddp where there are several, else single.

@@ -4,6 +4,7 @@ Shape suffixes: N predicted rows, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from codistill.checks import check_heads
 from codistill.config import InitConfig, ModelConfig, Run
 from codistill.data.batches import Batches
 from codistill.errors import UserError
 from codistill.families import FAMILIES
 from codistill.families.supported import check_finite, check_full_precision
 from codistill.models import Predictor, load_model, new_model
-from codistill.remap import grown_config, initial_state, learn_growth, read_config, takes_any_length
+from codistill.remap import grown_config, initial_state, learn_growth, read_config, shape_of, takes_any_length
 from codistill.seeds import seed_of
 
 
@@ -61,6 +63,9 @@ def _from_source(model: ModelConfig, init: InitConfig, field: str, vocabulary: i
             f"{said} knows {source.vocab_size} tokens, the tokenizer {vocabulary}; name the tokenizer that it was "
             "trained with in data.tokenizer"
         )
+    if init.keeps_widths:
+        model = _as_wide(model, source)
+        check_heads(model, f"{field}.model")
     sizes = FAMILIES[model.family].configure(model, length)
     # Of LiGO, which mixes all layers, `depth` is where it begins.
     depth = init.depth or ("stack" if init.learned else None)
@@ -70,6 +75,14 @@ def _from_source(model: ModelConfig, init: InitConfig, field: str, vocabulary: i
         raise UserError(f"{field}.init: {error}") from None
     _make_room(config, said, length)
     return config
+
+
+def _as_wide(model: ModelConfig, source: PreTrainedConfig) -> ModelConfig:
+    """`model` with the heads and feed-forward units of a source of its width, where it does not name its own."""
+    shape = shape_of(source)
+    if shape.width != model.width:
+        return model  # that widths differ is refused with both shapes, when the parameters are mapped
+    return replace(model, heads=model.heads or shape.heads, feed_forward=model.feed_forward or shape.ffn)
 
 
 def _make_room(config: PreTrainedConfig, said: str, length: int) -> None:

@@ -92,11 +92,17 @@ def override(tree: dict, assignments: Sequence[str]) -> dict:
     """`tree` with dotted assignments `a.b.c=value` applied; list entries are named by their index."""
     tree = _copied(tree)
     for assignment in assignments:
-        path, equals, text = assignment.partition("=")
-        if not equals or not path:
-            raise UserError(f"--set {assignment}: write KEY=VALUE, as in --set steps=100")
+        path, text = split_assignment(assignment)
         _assign(tree, path.split("."), parse_yaml(text, f"--set {path}"), path)
     return tree
+
+
+def split_assignment(assignment: str) -> tuple[str, str]:
+    """Key and value of `KEY=VALUE`, as they were written; raises UserError where it is nothing of the kind."""
+    path, equals, text = assignment.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set {assignment}: write KEY=VALUE without a space, as in --set steps=100")
+    return path, text
 
 
 def load(tree: Mapping[str, Any]) -> Run:

@@ -1,6 +1,7 @@
 """The card of a member: what it is, who taught it, on what text, and what was measured. From the run folder only."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,8 +14,8 @@ def model_card(run: Run, results: Mapping[str, Any], member: str) -> str:
     """Markdown, with the front matter that the hub reads, for `member` of a finished run.
 
     `run` as its run.yaml says it, provenance included; `results` as in its results.json. Says nothing of a licence,
-    which is for whoever publishes the model to choose. Names of text sources are cut to their last part: where they lay
-    on somebody's disk is nobody's business.
+    which is for whoever publishes the model to choose. Names of text sources are cut to their last part, of a glob to
+    the last that has a name: where they lay on somebody's disk is nobody's business.
     """
     parts = [_front_matter(run), _what(run, results, member), _teaching(run, member), _data(run, results)]
     return "\n".join([*parts, _results(run, results, member), _use(run), _again(run)])
@@ -136,4 +137,16 @@ def _without_place(member: MemberConfig) -> MemberConfig:
 
 
 def _last_part(place: str | None) -> str:
-    return (place or "").rstrip("/").rpartition("/")[2]
+    """The end of a path or glob, from the last part on that has a name: of /home/me/corpus/*.txt it is corpus/*.txt.
+    Built-in text, which lies on nobody's disk, keeps its whole name."""
+    if place and place.startswith("builtin:"):
+        return place
+    parts = [part for part in (place or "").split("/") if part]
+    named = [at for at, part in enumerate(parts) if _has_name(part)]
+    return "/".join(parts[named[-1] if named else 0 :])
+
+
+def _has_name(part: str) -> bool:
+    """Whether a part of a path says more than which kind of files are meant, as `*.txt` and `**` do."""
+    literal = re.sub(r"\[[^]]*\]|[*?]", "", part)
+    return literal == part or bool(re.match(r"\w", literal))

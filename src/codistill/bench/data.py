@@ -18,9 +18,11 @@ from codistill.data.prefetch import prefetched
 from codistill.data.prepare import prepare
 from codistill.data.sources import find_sources
 from codistill.data.tokenizers import load_tokenizer
+from codistill.errors import UserError
 from codistill.objectives import MaskedLM
 
 _SEQUENCES = 256
+_SHORTEST = 8
 _BARE_BATCH = 1000
 
 
@@ -34,14 +36,17 @@ def bench_data(
     repeats: int = 1,
 ) -> list[dict]:
     """Rows of {"what", "cores", "tokens_per_second", "ratio"}: the bare library, `prepare` on one core and on two
-    (`ratio` is to the bare library on one core), medians of `repeats`, and batches on one core, each `seconds` long.
-    Pins this process to cores on Linux, and undoes it. A repeat takes about four times as long as the bare library.
+    (`ratio` is to the bare library on one core), medians of `repeats`, and batches on one core, each `seconds` long,
+    of 256 rows or, as their "what" then says, of all that the text has. Pins this process to cores on Linux, and undoes
+    it. A repeat takes about four times as long as the bare library. UserError for text without a single row.
     """
+    if length < _SHORTEST:
+        raise UserError(f"--length {length}: wanted at least {_SHORTEST} tokens, as in a run")
     with tempfile.TemporaryDirectory() as folder:
         # A first preparation trains what is to be trained and warms the disk's cache.
         corpus = prepare(sources, tokenizer, Path(folder, "first"))
-        rows = _preparation(sources, corpus, Path(folder), repeats)
-        return rows + _batches(corpus, length, mask_rate, seconds)
+        cases = _cases(corpus, length, mask_rate)
+        return _preparation(sources, corpus, Path(folder), repeats) + _batches(cases, seconds)
 
 
 def _preparation(sources: Sequence[str], corpus: Corpus, folder: Path, repeats: int) -> list[dict]:
@@ -63,17 +68,32 @@ def _preparation(sources: Sequence[str], corpus: Corpus, folder: Path, repeats: 
     return [row | {"ratio": row["tokens_per_second"] / rows[0]["tokens_per_second"]} for row in rows]
 
 
-def _batches(corpus: Corpus, length: int, mask_rate: float, seconds: float) -> list[dict]:
+def _cases(corpus: Corpus, length: int, mask_rate: float) -> dict[str, Batches]:
+    """Every way to make batches that is measured, by its name."""
     plain, words = MaskedLM(mask_rate), MaskedLM(mask_rate, whole_word=True)
-    cases = {
-        "batches": Batches(corpus, plain, length=length, sequences=_SEQUENCES),
-        "batches, whole words": Batches(corpus, words, length=length, sequences=_SEQUENCES),
-        "batches, within documents": Batches(corpus, plain, length=length, sequences=_SEQUENCES, within_documents=True),
-        "batches, padded": Batches(corpus, plain, length=length, sequences=_SEQUENCES, packing="padded"),
+    of = partial(Batches, corpus, length=length)
+    ways: dict[str, Callable[..., Batches]] = {
+        "batches": partial(of, plain),
+        "batches, whole words": partial(of, words),
+        "batches, within documents": partial(of, plain, within_documents=True),
+        "batches, padded": partial(of, plain, packing="padded"),
     }
+    cases = {}
+    for name, way in ways.items():
+        held = way(sequences=0).num_rows
+        if not held:
+            raise UserError(
+                f"--length {length}: the text has only {corpus.num_tokens} tokens; lower it, or give more text"
+            )
+        cases[name if held >= _SEQUENCES else f"{name}, {held} rows"] = way(sequences=min(held, _SEQUENCES))
+    return cases
+
+
+def _batches(cases: dict[str, Batches], seconds: float) -> list[dict]:
     with _cores(1):
         rows = [_row(name, 1, _rate(partial(_served, case, seconds))) for name, case in cases.items()]
-        rows.append(_row("batches, prefetched", 1, _rate(lambda: _ahead(cases["batches"], seconds))))
+        first = next(iter(cases.values()))
+        rows.append(_row("batches, prefetched", 1, _rate(lambda: _ahead(first, seconds))))
     return rows
 
 

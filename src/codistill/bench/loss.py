@@ -10,7 +10,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary, write_result
+from codistill.bench.measure import (
+    announced,
+    check_counts,
+    chosen_providers,
+    interleaved,
+    machine,
+    peak_bytes,
+    place_of,
+    summary,
+    write_result,
+)
 from codistill.bench.providers import MEMBERS, PROVIDERS, Loss, Setting, random_setting
 from codistill.errors import UserError
 
@@ -29,15 +39,16 @@ def bench_loss(
     providers: Sequence[str] | None = None,
     out: Path | None = None,
 ) -> dict:
-    """The measurements as one JSON-able object; prints them as a table, and writes them to `out`.
+    """The measurements as one JSON-able object; prints them as a table, and writes them to `out`. On standard error it
+    says what it is at.
 
     Two members of `width`, `rows` predicted rows, `dtype` "float32", or "bfloat16" for bfloat16 training of float32
     parameters. `providers`: names of `PROVIDERS`, by default all. Seconds are of forward and backward together, medians
     of `runs` taken in turns. Gradients are compared with float64 before anything is timed, and a provider that is not
     installed, or does not compute this loss, is an empty row that says why. Raises UserError for an unknown name.
     """
-    chosen = list(PROVIDERS) if providers is None else list(providers)
-    _check(device, dtype, chosen)
+    chosen = chosen_providers(providers, PROVIDERS)
+    _check(device, dtype)
     check_counts(rows=rows, vocabulary=vocabulary, width=width, runs=runs)
     low = dtype == "bfloat16"
     setting = random_setting(device, low, rows, vocabulary, width)
@@ -45,7 +56,7 @@ def bench_loss(
     rows_of: dict[str, dict] = {name: {"provider": name} for name in chosen}
     losses = _comparable(setting, close, rows_of)
     steps = {name: _step(setting, loss) for name, loss in losses.items()}
-    for name in list(steps):
+    for name in announced(list(steps), "memory"):
         _clear(setting)  # or the gradients that the step before left behind would count as in use already
         try:
             rows_of[name]["peak_bytes"] = peak_bytes(steps[name], device)
@@ -93,10 +104,7 @@ def table(result: dict) -> Table:
     return found
 
 
-def _check(device: str, dtype: str, chosen: list[str]) -> None:
-    unknown = [name for name in chosen if name not in PROVIDERS]
-    if unknown:
-        raise UserError(f"providers: {unknown[0]!r} is unknown; known are {', '.join(PROVIDERS)}")
+def _check(device: str, dtype: str) -> None:
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"dtype: {dtype!r}; wanted 'float32' or 'bfloat16'")
     place_of(device)
@@ -108,8 +116,8 @@ def _comparable(setting: Setting, close: Setting, rows_of: dict[str, dict]) -> d
     exact = {hard_only: _exact_gradients(setting, hard_only) for hard_only in asked}
     exact_close = _exact_gradients(close, False)
     found = {}
-    for name, row in rows_of.items():
-        provider = PROVIDERS[name]
+    for name in announced(rows_of, "gradients"):
+        provider, row = PROVIDERS[name], rows_of[name]
         try:
             loss = provider.make(setting)
             if name != "bare products":

@@ -1,27 +1,58 @@
 """How things are measured: in turns, in one process, with the machine written down."""
 
 import ctypes
+import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
-from codistill.errors import UserError
+from codistill.errors import UserError, did_you_mean
 from codistill.files import to_json
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def chosen_providers(asked: Sequence[str] | None, known: Collection[str]) -> list[str]:
+    """The names that are `asked` for, by default all that are `known`; UserError for one that is not."""
+    for name in asked or ():
+        if name not in known:
+            names = ", ".join(map(repr, known))  # in quotes, because commas stand in names too
+            raise UserError(f"providers: {name!r} is unknown{did_you_mean(name, known)}; known are {names}")
+    return list(known if asked is None else asked)
+
+
+def announced(names: Collection[str], what: str) -> Iterator[str]:
+    """The names one by one, each once a line on standard error says that `what` comes now. No bar, whose thread would
+    take time from what is measured."""
+    for at, name in enumerate(names, 1):
+        tell(f"{what}, {at} of {len(names)}: {name}")
+        yield name
+
+
+def tell(line: str) -> None:
+    """A line on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True, emoji=False, markup=False).print(line)
 
 
 def interleaved(steps: Mapping[str, Callable[[], None]], runs: int, device: str) -> dict[str, list[float]]:
     """Seconds of every run of every step. All take a turn before any takes its next, so that a machine that slows
-    down slows all of them; the order moves on by one each time, and one turn before the first is not counted."""
+    down slows all of them; the order moves on by one each time, and one turn before the first is not counted. Says on
+    standard error how far it has come, at first and now and then."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    names, told = list(steps), -math.inf
     for turn in range(runs + 1 if names else 0):
+        now = time.monotonic()
+        if now - told > _SECONDS_BETWEEN_LINES:
+            tell(f"timing, turn {turn + 1} of {runs + 1}")
+            told = now
         at = turn % len(names)
         for name in names[at:] + names[:at]:
             spent = _seconds(steps[name], device)

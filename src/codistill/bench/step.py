@@ -10,14 +10,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from codistill.bench.measure import check_counts, interleaved, machine, peak_bytes, place_of, summary, write_result
+from codistill.bench.measure import (
+    announced,
+    check_counts,
+    chosen_providers,
+    interleaved,
+    machine,
+    peak_bytes,
+    place_of,
+    summary,
+    write_result,
+)
 from codistill.bench.phases import phases, product_rate
 from codistill.bench.step_peers import modelopt, pytorch_dml, textbrewer
 from codistill.bench.step_providers import Loop, ours, ours_apart, ours_compiled, plain
 from codistill.build import build, resolved_precision
 from codistill.config import MemberConfig, Run
 from codistill.costs import member_flops
-from codistill.errors import UserError
 from codistill.loading import to_dict
 from codistill.machine import keep_freed_memory
 from codistill.objectives import Batch
@@ -56,7 +65,8 @@ def bench_step(
     providers: Sequence[str] | None = None,
     out: Path | None = None,
 ) -> dict:
-    """The measurements as one JSON-able object; prints them as tables, and writes them to `out`.
+    """The measurements as one JSON-able object; prints them as tables, and writes them to `out`. On standard error it
+    says what it is at.
 
     Steps of `run`, each provider with models and optimizers of its own, in turns; seconds are medians of `runs`. Before
     anything is timed every provider's gradients are compared in float32, without dropout, with ours (cosine, ratio of
@@ -64,10 +74,7 @@ def bench_step(
     step's floating-point operations by time, over the rate of a large matrix product in the same precision on the same
     machine. Raises UserError for an unknown provider.
     """
-    chosen = list(PROVIDERS) if providers is None else list(providers)
-    unknown = [name for name in chosen if name not in PROVIDERS]
-    if unknown:
-        raise UserError(f"providers: {unknown[0]!r} is unknown; known are {', '.join(PROVIDERS)}")
+    chosen = chosen_providers(providers, PROVIDERS)
     place = place_of(device)
     check_counts(runs=runs)
     keep_freed_memory()  # for all alike, as a run does
@@ -76,8 +83,8 @@ def bench_step(
     batches = [[b.to(place) for b in built.batches.at(step)] for step in range(runs + 2)]
     rows: dict[str, dict] = {name: {"provider": name} for name in chosen}
     loops = _comparable(run, place, batches[0], rows)
-    for name, loop in loops.items():
-        rows[name]["peak_bytes"] = peak_bytes(_turn(loop, batches), place.type)
+    for name in announced(loops, "memory"):
+        rows[name]["peak_bytes"] = peak_bytes(_turn(loops[name], batches), place.type)
     for name, seconds in interleaved({n: _turn(loop, batches) for n, loop in loops.items()}, runs, place.type).items():
         rows[name]["seconds"] = summary(seconds)
     rows_of_step = sum(len(batch.labels_N) for batch in batches[0])
@@ -115,8 +122,8 @@ def _comparable(run: Run, device: torch.device, batch: Sequence[Batch], rows: di
     exact = replace(run, precision="float32", members={n: _without_dropout(m) for n, m in run.members.items()})
     wanted = _gradients(ours(exact, device), batch)
     loops = {}
-    for name, row in rows.items():
-        provider = PROVIDERS[name]
+    for name in announced(rows, "gradients"):
+        provider, row = PROVIDERS[name], rows[name]
         try:
             if provider.same_loss:
                 row |= _agreement(_gradients(provider.make(exact, device), batch), wanted)

@@ -7,6 +7,31 @@ from cyclopts import Parameter
 
 from codistill.cli.console import Settings, Source, bench, console, resolve
 
+# As `codistill.bench` has them, which imports torch, and help does not.
+LOSS_PROVIDERS = (
+    *(
+        "bare products",
+        "ours, chunked",
+        "ours, triton",
+        "ours, reference",
+        "plain",
+        "plain, compiled",
+        "plain, all rows",
+    ),
+    *("liger chunked", "liger chunked, 4096", "liger chunked, eager", "liger triton", "flash-linear-attention"),
+    *("torch, hard only", "torch, hard only, 512", "cut-cross-entropy, hard only", "quack, hard only"),
+)
+STEP_PROVIDERS = (
+    *("ours", "ours, compiled", "ours, one by one", "plain", "plain, all rows", "plain, compiled"),
+    *("plain, Liger's loss", "textbrewer", "modelopt", "pytorch-dml"),
+)
+
+
+def _only(names: tuple[str, ...]) -> Parameter:
+    quoted = ", ".join(f'"{name}"' for name in names)  # because commas stand in names too
+    return Parameter(negative="", help=f"Only this provider; may be repeated: {quoted}.")
+
+
 Rows = Annotated[int, Parameter(help="Predicted rows.")]
 
 
@@ -19,7 +44,7 @@ def bench_loss(
     vocabulary: Annotated[int, Parameter(help="Vocabulary size.")] = 30522,
     width: Annotated[int, Parameter(help="Width of both members.")] = 768,
     runs: Annotated[int, Parameter(help="Timed runs of each provider, taken in turns.")] = 7,
-    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this provider; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, _only(LOSS_PROVIDERS)] = None,
     out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
 ) -> None:
     """The vocabulary loss: speed, peak memory and gradient error against float64.
@@ -72,7 +97,7 @@ def bench_step(
     set_: Settings = None,
     device: Annotated[str, Parameter(help="cpu or cuda.")] = "cpu",
     runs: Annotated[int, Parameter(help="Timed steps of each provider, taken in turns.")] = 7,
-    provider: Annotated[list[str] | None, Parameter(negative="", help="Only this provider; may be repeated.")] = None,
+    provider: Annotated[list[str] | None, _only(STEP_PROVIDERS)] = None,
     out: Annotated[Path | None, Parameter(help="A JSON file for the results.")] = None,
 ) -> None:
     """A whole training step: tokens a second, utilisation, peak memory, and where the time goes.

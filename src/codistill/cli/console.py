@@ -3,13 +3,13 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from rich.console import Console
 
 from codistill.config import Run
-from codistill.loading import load, override, read_run, to_dict
+from codistill.loading import load, override, read_run, split_assignment, to_dict
 from codistill.recipes import find
 
 app = App(
@@ -21,9 +21,21 @@ bench = App(name="bench", help="Measure side by side: ours, plain PyTorch, and t
 app.command(bench)
 console = Console(highlight=False, soft_wrap=True, emoji=False)
 
+
+def check_assignments(_: Any, assignments: Sequence[str] | None) -> None:
+    """Refuses `--set steps 4` while the command line is read, or its `4` would be refused for a word too many."""
+    for assignment in assignments or ():
+        split_assignment(assignment)
+
+
 Settings = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative="", help="Change a setting, as in --set members.large.lr=1e-3; may be repeated."),
+    Parameter(
+        name="--set",
+        negative="",
+        validator=check_assignments,
+        help="Change a setting, as in --set members.large.lr=1e-3; may be repeated.",
+    ),
 ]
 Source = Annotated[str, Parameter(help="A recipe (see `codistill recipes`), as in ctcd:tiny, or a YAML file.")]
 Device = Annotated[str | None, Parameter(help="cpu, cuda or cuda:N; by default a GPU if there is one.")]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from codistill.cli.console import Device, app, console
+from codistill.cli.console import Device, app, check_assignments, console
 
 
 @app.command
@@ -26,7 +26,12 @@ def evaluate(
     limit: Annotated[int | None, Parameter(help="BLiMP pairs of each paradigm; by default all.")] = None,
     set_: Annotated[
         list[str] | None,
-        Parameter(name="--set", negative="", help="Change the protocol, as in --set epochs=5; may be repeated."),
+        Parameter(
+            name="--set",
+            negative="",
+            validator=check_assignments,
+            help="Change the protocol, as in --set epochs=5; may be repeated.",
+        ),
     ] = None,
     device: Device = None,
 ) -> None:

@@ -1,5 +1,6 @@
 """Parameter remapping: start a model from another of any size (`docs/remap.md`)."""
 
+from codistill.remap.architectures import shape_of
 from codistill.remap.files import initial_state, read_config, remap_folder
 from codistill.remap.learned import learn_growth
 from codistill.remap.states import remap_state
@@ -12,5 +13,6 @@ __all__ = [
     "read_config",
     "remap_folder",
     "remap_state",
+    "shape_of",
     "takes_any_length",
 ]
