@@ -299,7 +299,7 @@ def _check(members: Sequence[Member], edges: Sequence[Distillation], ranks: Rank
                 )
         if edge.student not in trained:
             raise UserError(
-                f"edge {edge.teacher!r} -> {edge.student!r}: {edge.student!r} is frozen and cannot learn; leave the edge out"
+                f"edge {edge.teacher!r} -> {edge.student!r}: {edge.student!r} is frozen and cannot learn; leave it out"
             )
         if edge.kind == "relation" and ranks.engine == "fsdp2":
             raise UserError(f"edge {edge.teacher!r} -> {edge.student!r}: relation edges need ddp or single, not fsdp2")
