@@ -17,7 +17,7 @@ from scipy import stats
 
 from codistill.blocks import Text, to_markdown
 from codistill.cli import main
-from codistill.config import Data, ModelConfig
+from codistill.config import Data, EarlyStop, Evaluation, ModelConfig, Run
 from codistill.errors import MachineError, UserError
 from codistill.files import locked
 from codistill.loading import load, to_dict
@@ -62,6 +62,12 @@ def cell_of(out: Path, name: str) -> dict:
     return found
 
 
+def on_text(run: Run, data: Path) -> Run:
+    """`run` on the text of the data folder, as a study's cohorts are."""
+    text = {split: [str(data / f"text/prose/{split}.parquet")] for split in ("train", "validation")}
+    return replace(run, data=replace(run.data, **text))
+
+
 # ---- what an arm comes to ------------------------------------------------------------------------
 
 
@@ -71,11 +77,7 @@ def test_an_arm_in_company_is_the_arm_alone(name, role, finished, data, tmp_path
     (arm,) = [arm for arm in arms(SCALE, 0) if arm.name == name]
     teacher = str(finished / "models" / cell_of(finished, "teacher")["key"] / "teacher")
     members = {n: replace(m, path=teacher) if m.path else m for n, m in arm.run.members.items()}
-    text = {
-        "train": [str(data / "text/prose/train.parquet")],
-        "validation": [str(data / "text/prose/validation.parquet")],
-    }
-    run = replace(arm.run, members=members, data=replace(arm.run.data, **text))
+    run = on_text(replace(arm.run, members=members), data)
     results = json.loads((train(run, tmp_path / "run", device="cpu") / "results.json").read_text())
     found = cell_of(finished, name)["members"][role]
     assert found["loss"] == results["members"][role]["loss"]
@@ -189,6 +191,34 @@ def test_regimes_that_differ_in_their_models_only_stay_apart():
         [("32 wide", "alone"), ("32 wide", "again")],
         [("64 wide", "alone"), ("64 wide", "again")],
     ]
+
+
+@pytest.mark.parametrize("setting", [{"stop_early": EarlyStop(patience=1)}, {"non_finite": "skip"}])
+def test_arms_whose_runs_end_early_or_skip_steps_have_no_company(setting):
+    """Both act on a whole run, by the losses of all its members."""
+    found = [replace(arm, run=replace(arm.run, **setting)) for arm in arms(SCALE, 0) + arms(SCALE, 1)]
+    assert [(group[0].name, group[0].seed) for group in grouped(found, 20) if len(group) == 1] == [
+        (name, seed) for name in ("alone", "teacher", "taught", "pair") for seed in (0, 1)
+    ]
+
+
+def test_when_an_arm_stops_early_is_its_own_affair(data, tmp_path):
+    """`wild`, whose rate is absurd, stops at once; `alone` goes on as in a run of its own, which is the oracle."""
+    (at,) = settings(replace(SIZE, steps=24), 0, passes=(1,))
+    changes = {"stop_early": EarlyStop(patience=2), "evaluate": Evaluation(every=2, sequences=16)}
+    large = at.learner(at.size.models["large"])
+    every = [at.arm(name, {"large": replace(large, lr=lr)}, **changes) for name, lr in (("alone", 1e-3), ("wild", 3.0))]
+
+    def ended(run, name):
+        results = json.loads((train(run, tmp_path / name, device="cpu") / "results.json").read_text())
+        return {member: (results["steps"], of["loss"]) for member, of in results["members"].items()}
+
+    found = {}
+    for number, group in enumerate(grouped(every, 20)):
+        found |= ended(on_text(merged(group, TEXT, {}), data), f"cohort-{number}")
+    by_itself = ended(on_text(every[0].run, data), "by-itself")
+    assert found["alone--large"] == by_itself["large"]
+    assert found["wild--large"][0] < found["alone--large"][0]
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
