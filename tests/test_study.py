@@ -68,6 +68,12 @@ def on_text(run: Run, data: Path) -> Run:
     return replace(run, data=replace(run.data, **text))
 
 
+def ended(run: Run, folder: Path) -> dict[str, tuple[int, float]]:
+    """Member → (steps, held-out loss) of `run`, trained in `folder`."""
+    results = json.loads((train(run, folder, device="cpu") / "results.json").read_text())
+    return {member: (results["steps"], of["loss"]) for member, of in results["members"].items()}
+
+
 # ---- what an arm comes to ------------------------------------------------------------------------
 
 
@@ -209,16 +215,36 @@ def test_when_an_arm_stops_early_is_its_own_affair(data, tmp_path):
     large = at.learner(at.size.models["large"])
     every = [at.arm(name, {"large": replace(large, lr=lr)}, **changes) for name, lr in (("alone", 1e-3), ("wild", 3.0))]
 
-    def ended(run, name):
-        results = json.loads((train(run, tmp_path / name, device="cpu") / "results.json").read_text())
-        return {member: (results["steps"], of["loss"]) for member, of in results["members"].items()}
-
     found = {}
     for number, group in enumerate(grouped(every, 20)):
-        found |= ended(on_text(merged(group, TEXT, {}), data), f"cohort-{number}")
-    by_itself = ended(on_text(every[0].run, data), "by-itself")
+        found |= ended(on_text(merged(group, TEXT, {}), data), tmp_path / f"cohort-{number}")
+    by_itself = ended(on_text(every[0].run, data), tmp_path / "by-itself")
     assert found["alone--large"] == by_itself["large"]
     assert found["wild--large"][0] < found["alone--large"][0]
+
+
+def test_a_projection_between_widths_is_the_same_in_company(data, tmp_path):
+    """The teacher of hidden states is another arm's member too, or is frozen and has another role in another arm. The
+    oracle trains each arm's own run, without the study."""
+    (at,) = settings(SIZE, 0, passes=(1,))
+    wide, small = (at.learner(ModelConfig(layers=1, width=width, heads=1)) for width in (48, 32))
+    of_states = replace(edge("teacher", "small", 10.0), kind="hidden")
+    ended(on_text(at.arm("weak", {"large": wide}, seed=1000).run, data), tmp_path / "weak")
+    weak, place = frozen("weak", "large"), str(tmp_path / "weak" / "members" / "large")
+    cohorts = [
+        [at.arm("alone", {"teacher": wide}), at.arm("pair", {"teacher": wide, "small": small}, of_states)],
+        [
+            at.arm("taught", {"teacher": weak, "small": small}, of_states),
+            at.arm("guided", {"guide": weak, "small": small}, replace(of_states, teacher="guide")),
+        ],
+    ]
+    for number, group in enumerate(cohorts):
+        names = member_names(group)
+        together = ended(on_text(merged(group, TEXT, {("weak", "large"): place}), data), tmp_path / str(number))
+        for arm in group:
+            members = {role: replace(m, path=place) if m.path else m for role, m in arm.run.members.items()}
+            by_itself = ended(on_text(replace(arm.run, members=members), data), tmp_path / arm.name)
+            assert {role: together[names[arm.name, role]] for role in by_itself} == by_itself
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])

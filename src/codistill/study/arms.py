@@ -196,8 +196,8 @@ def merged(
 
 
 def member_names(arms: Sequence[Arm]) -> dict[tuple[str, str], str]:
-    """(arm, role) → its name in a cohort of all `arms`: ARM--ROLE. What several arms have alike comes once: a frozen
-    model, and one that is trained without a teacher, which is the same whoever learns from it."""
+    """(arm, role) → its name in a cohort of all `arms`: ARM--ROLE. What several arms have alike comes once: a
+    model frozen in one role, and one that is trained without a teacher, which is the same whoever learns from it."""
     found: dict[tuple[str, str], str] = {}
     untaught: dict[str, str] = {}
     for arm in arms:
@@ -205,7 +205,9 @@ def member_names(arms: Sequence[Arm]) -> dict[tuple[str, str], str]:
         for role, member in arm.run.members.items():
             name = f"{arm.name}--{role}"
             if role in arm.taught_by:
-                name = "--".join(arm.taught_by[role])
+                # By role too: members are seeded by it.
+                of = arm.taught_by[role]
+                name = "--".join(of if of[1] == role else (*of, role))
             elif role not in students:
                 name = untaught.setdefault(f"{role} {member}", name)
             found[arm.name, role] = name
@@ -220,7 +222,7 @@ def trained_names(arms: Sequence[Arm], names: Mapping[tuple[str, str], str] | No
 
 def _placed(arm: Arm, role: str, member: MemberConfig, folder_of: Mapping[tuple[str, str], str]) -> MemberConfig:
     if role in arm.taught_by:
-        return replace(member, path=folder_of[arm.taught_by[role]])
+        member = replace(member, path=folder_of[arm.taught_by[role]])
     if role in arm.begun_from and member.init is not None:
         member = replace(member, init=replace(member.init, from_=folder_of[arm.begun_from[role]]))
     return replace(member, seeded_as=member.seeded_as or role)
