@@ -89,6 +89,7 @@ def test_an_arm_in_company_is_the_arm_alone(name, role, finished, data, tmp_path
     assert found["loss"] == results["members"][role]["loss"]
     assert found["flops"] == results["members"][role]["flops"]
     assert found["curve"][-1] == [8 * 8 * 32, results["members"][role]["loss"]]
+    assert cell_of(finished, name)["text_names"] == ["prose"]
 
 
 def test_what_is_known_is_not_trained_again_and_the_rest_comes_out_the_same(finished, data):
