@@ -531,8 +531,9 @@ def test_a_worker_without_memory_says_so_by_its_status(tmp_path, monkeypatch, ca
     def no_room(request):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    (tmp_path / "request.json").write_text("{}")
+    (tmp_path / "request.json").write_text('{"study": 0}')
     monkeypatch.setattr(worker, "work", no_room)
+    monkeypatch.setattr(worker, "_stop_without", lambda study: None)
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "request.json")])
     with pytest.raises(SystemExit) as ended:
         worker.main()
