@@ -1,25 +1,33 @@
-"""`kill -9` at any moment, inside a save too: the run resumes and ends with the bits of an undisturbed one."""
+"""`kill -9` at any moment, inside a save too: the run resumes and ends with the bits of an undisturbed one. A study
+that is killed takes its workers with it."""
 
 import os
 import random
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
+from codistill.files import is_locked
 from codistill.loading import to_yaml
 from runs import assert_same_run, small_run
+from studies import data_folder
 
 EVERY, STEPS = 3, 11
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 def children(configuration: Path, folder: Path, *kill_at: int) -> list[list[str]]:
     """(event, status, events seen, first step, last step) of every child, as `killed_run.py` prints them."""
     script = Path(__file__).with_name("killed_run.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(script), str(configuration), str(folder), *map(str, kill_at)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True, timeout=280)
     return [line.split() for line in done.stdout.splitlines()]
 
 
@@ -44,3 +52,35 @@ def test_a_killed_run_ends_with_the_bits_of_an_undisturbed_one(kills, text, tmp_
                 reached = int(last)
         assert born[-1][1] == "0"
         assert_same_run(tmp_path / "straight", folder)
+
+
+LONG_STUDY = textwrap.dedent("""
+    import sys
+    from dataclasses import replace
+    from pathlib import Path
+
+    from codistill.config import Checkpointing, Evaluation, Logging
+    from codistill.study.run import run_study
+    from studies import SIZE, STUDY, arms, request
+
+    often, never = Logging(every=1), 10**9
+    size = replace(SIZE, steps=2000, log=often, checkpoint=Checkpointing(every=never), evaluate=Evaluation(every=never))
+    study = replace(STUDY, arms=lambda scale, seed: arms(replace(scale, masked=size), seed)[:1])
+    run_study(request(Path(sys.argv[2]), study), data=Path(sys.argv[1]), jobs=1)
+""")
+
+
+def test_a_study_that_is_killed_leaves_no_worker_at_work_and_what_it_did_is_saved(text, tmp_path):
+    """No checkpoint is due before the end, so the one that is there was saved because the study was gone."""
+    data, out = data_folder(tmp_path / "data", text), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", LONG_STUDY, str(data), str(out)], env=environment()) as study:
+        while not any(file.stat().st_size for file in out.glob("work/*/metrics.jsonl")):
+            assert study.poll() is None
+            time.sleep(0.1)
+        study.kill()
+    (work,) = [file.parent for file in out.glob("work/*/run.yaml")]
+    while is_locked(work.with_suffix(".lock")):
+        time.sleep(0.1)
+    (saved,) = (work / "checkpoints").glob("step-*")
+    assert 0 < int(saved.name.removeprefix("step-")) < 2000
+    assert not (work / "results.json").exists()

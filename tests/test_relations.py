@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,13 +219,23 @@ def test_a_frozen_teacher_of_states_alone_computes_no_logits():
     assert {"small/from_large", "small/relation_from_large", "large/hard"} <= set(both.step(0, batch(1)))
 
 
-def test_projections_belong_to_seed_and_names_and_only_where_widths_differ():
+def test_projections_belong_to_seed_and_members_and_only_where_widths_differ():
     one, other = (pair([HIDDEN]).members["small"].projections for _ in range(2))
     assert list(one) == ["large-1-1", "large-3-2"]
     assert_same_bits(list(one.parameters()), list(other.parameters()))
     assert not torch.equal(one["large-1-1"].weight, one["large-3-2"].weight)
     assert not pair([HIDDEN], width=32).members["small"].projections
     assert not pair([RELATION]).members["small"].projections
+
+
+def test_projections_begin_as_the_members_keys_say_and_not_their_names():
+    def projections(teacher: str, key: str):
+        members = [sized("large", 3, 32), sized("small", 2, 16)]
+        members[0].name, members[0].noise_key = teacher, key
+        return list(Cohort(members, [replace(HIDDEN, teacher=teacher)]).members["small"].projections.parameters())
+
+    assert_same_bits(projections("large", "large"), projections("arm--large", "large"))
+    assert not torch.equal(projections("large", "large")[0], projections("large", "other")[0])
 
 
 def test_the_student_comes_closer_in_states_and_relations():

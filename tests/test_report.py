@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,7 +22,7 @@ from codistill.study.run import tabulate
 from codistill.train import train
 from evaluations import QUICK
 from runs import small_run
-from studies import SCALE, STUDY, request
+from studies import SCALE, SIZE, STUDY, request
 
 
 def finished(folder) -> None:
@@ -87,6 +88,9 @@ def known_study(monkeypatch):
     monkeypatch.setattr(sections, "SCALES", {"toy": SCALE})
 
 
+TEXT = {"train": "0123456789abcdef" * 4, "validation": "fedcba9876543210" * 4}
+
+
 def made_up_cell(arm) -> dict:
     taught = 0.25 if arm.name == "taught" else 0.0
     loss = 5.0 + arm.seed - taught - taught * arm.seed / 5
@@ -96,7 +100,7 @@ def made_up_cell(arm) -> dict:
     }  # fmt: skip
     return {
         "key": "", "arm": arm.name, "regime": arm.regime, "seed": arm.seed, "failed": "", "unigram_loss": 7.0,
-        "steps": 1, "tokens": 100, "passes": 0.5, "precision": "float32", "text": {"train": "a"}, "agreement": 0.5,
+        "steps": 1, "tokens": 100, "passes": 0.5, "precision": "float32", "text": TEXT, "agreement": 0.5,
         "machine": {"device": "a machine", "threads": 1}, "versions": {"torch": "2"}, "date": "2026-01-01",
         "members": dict.fromkeys(arm.run.trained, member),
     }  # fmt: skip
@@ -147,6 +151,24 @@ def test_a_page_needs_nothing_else_and_says_what_the_folders_hold(folders, known
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(pictures) == 3
     assert all((markdown.parent / name).read_text().count("<svg") == 1 for name in pictures)
+
+
+@pytest.mark.parametrize(
+    ("names", "told"), [(["wiki", "prose"], "prose and wiki"), (None, "its name was not recorded")]
+)
+def test_a_studys_page_names_the_text_that_was_given_and_no_other(names, told, folders, tmp_path, monkeypatch):
+    """A recipe brings a text of its own, which --data has replaced. Earlier versions' cells have no names of theirs."""
+    builtin = replace(SIZE.data, train=["builtin:python/train"], validation=["builtin:python/validation"])
+    scale = replace(SCALE, masked=replace(SIZE, data=builtin))
+    monkeypatch.setattr(sections, "SCALES", {"toy": scale})
+    folder = shutil.copytree(folders["study"], tmp_path / "study")
+    for file in (folder / "cells").glob("*.json"):
+        named = {} if names is None else {"text_names": names}
+        file.write_text(json.dumps(json.loads(file.read_text()) | named))
+    for page in write_report([folder], tmp_path / "report.html", [STUDY]):
+        assert f"Text, as given with --data: {told}; by content: train 0123456789abcdef, validation" in page.read_text()
+        assert "tokenizer: train:wordpiece:300" in page.read_text()
+        assert "builtin" not in page.read_text()
 
 
 def test_a_page_is_the_same_each_time(folders, known_study, tmp_path):

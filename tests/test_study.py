@@ -17,7 +17,7 @@ from scipy import stats
 
 from codistill.blocks import Text, to_markdown
 from codistill.cli import main
-from codistill.config import Data, ModelConfig
+from codistill.config import Data, EarlyStop, Evaluation, ModelConfig, Run
 from codistill.errors import MachineError, UserError
 from codistill.files import locked
 from codistill.loading import load, to_dict
@@ -62,6 +62,18 @@ def cell_of(out: Path, name: str) -> dict:
     return found
 
 
+def on_text(run: Run, data: Path) -> Run:
+    """`run` on the text of the data folder, as a study's cohorts are."""
+    text = {split: [str(data / f"text/prose/{split}.parquet")] for split in ("train", "validation")}
+    return replace(run, data=replace(run.data, **text))
+
+
+def ended(run: Run, folder: Path) -> dict[str, tuple[int, float]]:
+    """Member → (steps, held-out loss) of `run`, trained in `folder`."""
+    results = json.loads((train(run, folder, device="cpu") / "results.json").read_text())
+    return {member: (results["steps"], of["loss"]) for member, of in results["members"].items()}
+
+
 # ---- what an arm comes to ------------------------------------------------------------------------
 
 
@@ -71,16 +83,13 @@ def test_an_arm_in_company_is_the_arm_alone(name, role, finished, data, tmp_path
     (arm,) = [arm for arm in arms(SCALE, 0) if arm.name == name]
     teacher = str(finished / "models" / cell_of(finished, "teacher")["key"] / "teacher")
     members = {n: replace(m, path=teacher) if m.path else m for n, m in arm.run.members.items()}
-    text = {
-        "train": [str(data / "text/prose/train.parquet")],
-        "validation": [str(data / "text/prose/validation.parquet")],
-    }
-    run = replace(arm.run, members=members, data=replace(arm.run.data, **text))
+    run = on_text(replace(arm.run, members=members), data)
     results = json.loads((train(run, tmp_path / "run", device="cpu") / "results.json").read_text())
     found = cell_of(finished, name)["members"][role]
     assert found["loss"] == results["members"][role]["loss"]
     assert found["flops"] == results["members"][role]["flops"]
     assert found["curve"][-1] == [8 * 8 * 32, results["members"][role]["loss"]]
+    assert cell_of(finished, name)["text_names"] == ["prose"]
 
 
 def test_what_is_known_is_not_trained_again_and_the_rest_comes_out_the_same(finished, data):
@@ -189,6 +198,54 @@ def test_regimes_that_differ_in_their_models_only_stay_apart():
         [("32 wide", "alone"), ("32 wide", "again")],
         [("64 wide", "alone"), ("64 wide", "again")],
     ]
+
+
+@pytest.mark.parametrize("setting", [{"stop_early": EarlyStop(patience=1)}, {"non_finite": "skip"}])
+def test_arms_whose_runs_end_early_or_skip_steps_have_no_company(setting):
+    """Both act on a whole run, by the losses of all its members."""
+    found = [replace(arm, run=replace(arm.run, **setting)) for arm in arms(SCALE, 0) + arms(SCALE, 1)]
+    assert [(group[0].name, group[0].seed) for group in grouped(found, 20) if len(group) == 1] == [
+        (name, seed) for name in ("alone", "teacher", "taught", "pair") for seed in (0, 1)
+    ]
+
+
+def test_when_an_arm_stops_early_is_its_own_affair(data, tmp_path):
+    """`wild`, whose rate is absurd, stops at once; `alone` goes on as in a run of its own, which is the oracle."""
+    (at,) = settings(replace(SIZE, steps=24), 0, passes=(1,))
+    changes = {"stop_early": EarlyStop(patience=2), "evaluate": Evaluation(every=2, sequences=16)}
+    large = at.learner(at.size.models["large"])
+    every = [at.arm(name, {"large": replace(large, lr=lr)}, **changes) for name, lr in (("alone", 1e-3), ("wild", 3.0))]
+
+    found = {}
+    for number, group in enumerate(grouped(every, 20)):
+        found |= ended(on_text(merged(group, TEXT, {}), data), tmp_path / f"cohort-{number}")
+    by_itself = ended(on_text(every[0].run, data), tmp_path / "by-itself")
+    assert found["alone--large"] == by_itself["large"]
+    assert found["wild--large"][0] < found["alone--large"][0]
+
+
+def test_a_projection_between_widths_is_the_same_in_company(data, tmp_path):
+    """The teacher of hidden states is another arm's member too, or is frozen and has another role in another arm. The
+    oracle trains each arm's own run, without the study."""
+    (at,) = settings(SIZE, 0, passes=(1,))
+    wide, small = (at.learner(ModelConfig(layers=1, width=width, heads=1)) for width in (48, 32))
+    of_states = replace(edge("teacher", "small", 10.0), kind="hidden")
+    ended(on_text(at.arm("weak", {"large": wide}, seed=1000).run, data), tmp_path / "weak")
+    weak, place = frozen("weak", "large"), str(tmp_path / "weak" / "members" / "large")
+    cohorts = [
+        [at.arm("alone", {"teacher": wide}), at.arm("pair", {"teacher": wide, "small": small}, of_states)],
+        [
+            at.arm("taught", {"teacher": weak, "small": small}, of_states),
+            at.arm("guided", {"guide": weak, "small": small}, replace(of_states, teacher="guide")),
+        ],
+    ]
+    for number, group in enumerate(cohorts):
+        names = member_names(group)
+        together = ended(on_text(merged(group, TEXT, {("weak", "large"): place}), data), tmp_path / str(number))
+        for arm in group:
+            members = {role: replace(m, path=place) if m.path else m for role, m in arm.run.members.items()}
+            by_itself = ended(on_text(replace(arm.run, members=members), data), tmp_path / arm.name)
+            assert {role: together[names[arm.name, role]] for role in by_itself} == by_itself
 
 
 @pytest.mark.parametrize("scale", ["tiny", "small", "paper"])
@@ -474,8 +531,9 @@ def test_a_worker_without_memory_says_so_by_its_status(tmp_path, monkeypatch, ca
     def no_room(request):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    (tmp_path / "request.json").write_text("{}")
+    (tmp_path / "request.json").write_text('{"study": 0}')
     monkeypatch.setattr(worker, "work", no_room)
+    monkeypatch.setattr(worker, "_stop_without", lambda study: None)
     monkeypatch.setattr(sys, "argv", ["worker", str(tmp_path / "request.json")])
     with pytest.raises(SystemExit) as ended:
         worker.main()

@@ -20,10 +20,10 @@ class Member:
     Any optimizer will do, or several that share the parameters out; with one of PyTorch's made with `fused=True` a step
     never waits for the device. `lr` and `hard_weight` are numbers or functions of the step; without `lr` the learning
     rate is left to the optimizer and its scheduler. `clip` bounds the gradient's norm, by 1.0 unless it is given;
-    float("inf") clips nothing. Dropout noise is keyed by `noise_key`, by default the name, so that it does not depend
-    on who else is in the cohort. Parameters that are frozen when it is made stay so. Raises UserError for settings of
-    the wrong kind, trained parameters that are not float32 (or float64), an optimizer that lacks some or has others',
-    and where nothing is left to train.
+    float("inf") clips nothing. Dropout noise, and where the projections of hidden edges begin, are keyed by
+    `noise_key`, by default the name, so that they do not depend on who else is in the cohort. Parameters that are
+    frozen when it is made stay so. Raises UserError for settings of the wrong kind, trained parameters that are not
+    float32 (or float64), an optimizer that lacks some or has others', and where nothing is left to train.
     """
 
     name: str

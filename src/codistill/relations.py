@@ -61,7 +61,7 @@ class Relations:
     """A cohort's edges below the logits: what they pick up where, their projections, their losses.
 
     `edges` are all of the cohort's, with the layers filled in. `projections[student]` are trained with the student;
-    their initial values are a function of (seed, student's key, teacher, layers). Raises UserError for layers that do
+    their initial values are a function of (seed, both members' keys, layers). Raises UserError for layers that do
     not exist.
     """
 
@@ -80,8 +80,8 @@ class Relations:
                 self._taps[edge.student].check(student)
                 self._taps[edge.teacher].check(teacher)
                 if edge.kind == "hidden":
-                    key = seed_of(seed, "projection", keys[edge.student], name)
-                    self._add_projection(edge, name, models[edge.student], key)
+                    ends = keys[edge.student], keys[edge.teacher], student.layer, teacher.layer
+                    self._add_projection(edge, name, models[edge.student], seed_of(seed, "projection", *ends))
 
     def picking_up(self, member: str, active: Sequence[Weighted]) -> AbstractContextManager[Kept]:
         """Inside, what the `active` edges need of `member` is kept."""

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
 from codistill.errors import UserError
 from codistill.loading import to_yaml
 from codistill.report.run import curves_figure, read_results, scores_of, skipped_steps, untaught_twins, versus
-from codistill.study import Study
+from codistill.study import Arm, Study
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
-from codistill.study.page import study_blocks
+from codistill.study.page import study_blocks, text_used
 from codistill.study.run import made_in, summary
 from codistill.study.scales import SCALES
 
@@ -90,12 +91,21 @@ def _study(folder: Path, results: Mapping[str, Any], studies: Mapping[str, Study
     return [
         Heading(f"Study {name}"),
         Text(found["question"]),
+        Text(text_used(cells)),
         *_answer(folder),
         *_picture(f"{name}.svg", lambda: figure_of(request.study, found, cells), _SHOWN),
         *study_blocks(found),
         *_picture(f"{name}-costs.svg", lambda: costs_figure(found), "Quality against what it took to train."),
-        *(Listing(f"{arm.regime}, {arm.name}: configuration of seed 0", to_yaml(arm.run)) for arm in first),
+        *(
+            Listing(f"{arm.regime}, {arm.name}: configuration of seed 0, but for the text", _settings(arm))
+            for arm in first
+        ),
     ]
+
+
+def _settings(arm: Arm) -> str:
+    """The configuration of an arm without the text, which --data gives in place of what its recipe has."""
+    return to_yaml(replace(arm.run, data=replace(arm.run.data, train=[], validation=[])))
 
 
 _SHOWN = (

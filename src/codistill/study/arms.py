@@ -1,5 +1,6 @@
 """Arms: what a study compares. An arm is a small run of its own; arms that can share their batches are trained in one
-cohort, which changes no bit of a member, since members do not depend on their company.
+cohort, which changes no bit of a member, since members do not depend on their company. Where they would, an arm is
+trained by itself.
 
 A frozen member of an arm may be another arm's result: its path is then "arm:NAME/ROLE".
 """
@@ -126,13 +127,13 @@ def _with_keys(tree: Any, keys: Mapping[str, str]) -> Any:
 
 def grouped(arms: Sequence[Arm], most_members: int) -> list[list[Arm]]:
     """Arms that share regime, seed, text, batches and all other settings, in cohorts of at most about `most_members`
-    trained members, equal ones counted once. What a study names first comes first, of all seeds, so that a study that
-    is stopped has its main arms."""
+    trained members, equal ones counted once; those whose runs can end early or skip steps, each by itself. What a study
+    names first comes first, of all seeds, so that a study that is stopped has its main arms."""
     groups: list[list[Arm]] = []
     for level in _levels(arms):
         frames: dict[str, list[Arm]] = {}
         for arm in level:
-            frames.setdefault(json.dumps([arm.regime, _frame(arm.run)], sort_keys=True), []).append(arm)
+            frames.setdefault(json.dumps([arm.regime, _frame(arm)], sort_keys=True), []).append(arm)
         for alike in frames.values():
             groups += _cut(alike, most_members)
     rank: dict[tuple[str, str, int], int] = {}
@@ -153,8 +154,11 @@ def _levels(arms: Sequence[Arm]) -> Iterator[list[Arm]]:
         left = [arm for arm in left if arm.place not in done]
 
 
-def _frame(run: Run) -> dict[str, Any]:
-    return to_dict(replace(run, members={}, distillation=[]))
+def _frame(arm: Arm) -> list[Any]:
+    """What the arms of one cohort have alike."""
+    # A run ends early, or skips a step, for all of its members at once and by the losses of all.
+    heeds_company = arm.run.stop_early is not None or arm.run.non_finite == "skip"
+    return [to_dict(replace(arm.run, members={}, distillation=[])), arm.place if heeds_company else None]
 
 
 def _cut(arms: Sequence[Arm], most: int) -> Iterator[list[Arm]]:
@@ -192,8 +196,8 @@ def merged(
 
 
 def member_names(arms: Sequence[Arm]) -> dict[tuple[str, str], str]:
-    """(arm, role) → its name in a cohort of all `arms`: ARM--ROLE. What several arms have alike comes once: a frozen
-    model, and one that is trained without a teacher, which is the same whoever learns from it."""
+    """(arm, role) → its name in a cohort of all `arms`: ARM--ROLE. What several arms have alike comes once: a
+    model frozen in one role, and one that is trained without a teacher, which is the same whoever learns from it."""
     found: dict[tuple[str, str], str] = {}
     untaught: dict[str, str] = {}
     for arm in arms:
@@ -201,7 +205,9 @@ def member_names(arms: Sequence[Arm]) -> dict[tuple[str, str], str]:
         for role, member in arm.run.members.items():
             name = f"{arm.name}--{role}"
             if role in arm.taught_by:
-                name = "--".join(arm.taught_by[role])
+                # By role too: members are seeded by it.
+                of = arm.taught_by[role]
+                name = "--".join(of if of[1] == role else (*of, role))
             elif role not in students:
                 name = untaught.setdefault(f"{role} {member}", name)
             found[arm.name, role] = name
@@ -216,7 +222,7 @@ def trained_names(arms: Sequence[Arm], names: Mapping[tuple[str, str], str] | No
 
 def _placed(arm: Arm, role: str, member: MemberConfig, folder_of: Mapping[tuple[str, str], str]) -> MemberConfig:
     if role in arm.taught_by:
-        return replace(member, path=folder_of[arm.taught_by[role]])
+        member = replace(member, path=folder_of[arm.taught_by[role]])
     if role in arm.begun_from and member.init is not None:
         member = replace(member, init=replace(member.init, from_=folder_of[arm.begun_from[role]]))
     return replace(member, seeded_as=member.seeded_as or role)

@@ -178,6 +178,7 @@ class _Execution:
         request_file, run_file = work.folder.with_suffix(".json"), work.folder.with_suffix(".yaml")
         names = member_names(work.group)
         request = {
+            "study": os.getpid(),
             "run": str(run_file),
             "out": str(work.folder),
             "data": None if self.means.scoring.data is None else str(self.means.scoring.data),

@@ -31,13 +31,15 @@ def harvest(
     of the roles `kept` are copied to `models`/ROLE. `inherited`: what the cells of the arms that it needs say of models
     from outside."""
     results = json.loads((folder / "results.json").read_text())
-    facts = load(read_run(folder / "run.yaml")).provenance or {}
+    run = load(read_run(folder / "run.yaml"))
+    facts = run.provenance or {}
     for role in kept:
         with atomic_folder(models / role) as fresh:
             shutil.copytree(folder / "members" / names[role], fresh, dirs_exist_ok=True)
     return {
         **_named(arm, key, ""),
         "text": {split: of["identity"] for split, of in facts["data"].items()},
+        "text_names": [Path(pattern).parent.name for pattern in run.data.train],  # --data/text/NAME/train*.parquet
         "outside": {**recorded(arm, names, facts), **inherited},
         "unigram_loss": results["held_out"]["unigram_loss"],
         **{name: results[name] for name in ("steps", "tokens", "passes", "precision")},

@@ -39,6 +39,16 @@ def made(found: Mapping[str, Any]) -> str:
     return f"Scale {found['scale']}. Made {when} on {machines or 'nothing yet'} with {versions or 'nothing yet'}."
 
 
+def text_used(cells: Sequence[Mapping[str, Any]]) -> str:
+    """Which text the cells were made from: what it was called, if they say so, and its content."""
+    done = [cell for cell in cells if not cell["failed"]]
+    if not done:
+        return "Which text was given is not known: no arm is finished."
+    names = sorted({name for cell in done for name in cell.get("text_names", [])})
+    content = ", ".join(f"{split} {identity[:16]}" for split, identity in done[0]["text"].items())
+    return f"Text, as given with --data: {' and '.join(names) or 'its name was not recorded'}; by content: {content}."
+
+
 def _facts(of: Mapping[str, Any]) -> str:
     unigram = f"{of['unigram_loss']:.3f} nats" if of["unigram_loss"] is not None else "not known"
     return (

@@ -5,10 +5,14 @@ says why it failed.
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from codistill.config import Run
@@ -23,6 +27,8 @@ from codistill.study.scoring import BLIMP
 from codistill.study.statuses import AS_ASKED, NO_MEMORY, NOT_FINITE
 from codistill.train import Stopped, train
 from codistill.watch import NonFiniteError
+
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def work(request: dict[str, Any]) -> None:
@@ -69,12 +75,22 @@ def _has_all(out: Path, members: Sequence[str]) -> bool:
         return False
 
 
+def _stop_without(study: int) -> None:
+    """Stops this process, which saves what is under way, once it is no child of the process `study` any more: one that
+    was killed could not stop it."""
+    while os.getppid() == study:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
     """Entry point of the process."""
     file = Path(sys.argv[1])
+    request = json.loads(file.read_text())
+    Thread(target=_stop_without, args=[request["study"]], daemon=True).start()
     try:
-        with locked(file.with_suffix(".lock")):  # an orphan of a study that was killed may still be at it
-            work(json.loads(file.read_text()))
+        with locked(file.with_suffix(".lock")):  # an orphan of a study that was killed may still be saving
+            work(request)
     except Stopped:
         sys.exit(STOPPED)
     except NonFiniteError as error:
