@@ -63,8 +63,8 @@ class Cohort:
         _check(members, distillation, ranks)
         self._language_models = {m.name: m.predictor for m in members if not m.predictor.is_from_module}
         self._causal = _causal({name: predictor.model for name, predictor in self._language_models.items()})
-        models = {member.name: member.predictor.model for member in members}
-        self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)
+        predictors = {member.name: member.predictor for member in members}
+        self._relations = Relations(distillation, predictors, {m.name: m.noise_key for m in members}, seed)
         self.distillation = self._relations.edges
         for name, projections in self._relations.projections.items():
             for projection in projections.values():

@@ -4,7 +4,7 @@ What is specific to a family stands in `codistill.families`. Shape suffixes: B s
 D width, N predicted rows, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,6 +35,7 @@ from codistill.families import (
     first_position,
     is_causal,
     is_in_the_table,
+    layers_of,
     local_window,
     split,
 )
@@ -128,6 +129,11 @@ class Predictor(nn.Module):
             bias_V = None if self.output_bias is None else self.output_bias[: self.vocabulary].to(wide_NV.dtype)
             return functional.linear(wide_NV, self.output_weight[: self.vocabulary].to(wide_NV.dtype), bias_V)
         return wide_NV[:, : self.vocabulary]
+
+    @cached_property
+    def layers(self) -> Sequence[nn.Module]:
+        """Those that put out the model's hidden states; none where that is not proven."""
+        return layers_of(self.model) if self._parts.layers is None else self._parts.layers
 
     @cached_property
     def looks_ahead(self) -> bool:
