@@ -289,6 +289,27 @@ def test_any_module_learns_and_teaches_by_its_features_or_its_logits(given, voca
         torch.testing.assert_close(old - new, like.grad, rtol=1e-3, atol=1e-6)
 
 
+class Placed(nn.Module):
+    """Calls its positions as RoBERTa does, which counts them from its padding token, and has windows as ModernBERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.ModernBertConfig(num_hidden_layers=3, sliding_window=2)
+        self.position_embeddings, self.output = nn.Embedding(20, 6, padding_idx=1), nn.Linear(6, VOCABULARY)
+
+    def features(self, inputs, rows_N):
+        self.seen = inputs
+        return self.position_embeddings(inputs["position_ids"]).flatten(0, 1)[rows_N]
+
+
+def test_a_module_of_ones_own_gets_a_batchs_inputs_as_they_are():
+    module = Placed()
+    own = Predictor.from_module(module, module.features, module.output, vocabulary=VOCABULARY)
+    given = {"position_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    own(given, torch.arange(4))
+    assert {name: id(tensor) for name, tensor in module.seen.items()} == {n: id(t) for n, t in given.items()}
+
+
 def test_a_divergence_of_ones_own_is_the_named_one_if_it_says_the_same():
     def cohort(divergence):
         edges = [Distillation("large", "small", divergence, temperature=2.0)]

@@ -74,9 +74,10 @@ class Predictor(nn.Module):
             use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
         self.is_from_module = parts is not None  # what it predicts is its maker's to know
-        # Looked up once, because a walk through module names costs more than a tiny model's layer norm.
-        self._parts, self._first_position = parts or split(model), first_position(model)
-        self._window = local_window(model)
+        # Looked up once, because a walk through module names costs more than a tiny model's layer norm. Who gives parts
+        # of their own takes a batch's inputs as they are: what these mean is theirs to say.
+        self._parts = parts or split(model)
+        self._first_position, self._window = (0, None) if parts else (first_position(model), local_window(model))
 
     @classmethod
     def from_module(
@@ -89,9 +90,10 @@ class Predictor(nn.Module):
     ) -> "Predictor":
         """A predictor of any module, from `features(inputs, rows_N)`, a function of a batch's inputs and its rows.
 
-        It gives (N, D), and `output`, a part of `module`, has a `weight` (at least V, D) and maybe a `bias`. Without
-        `output` it gives the logits themselves (N, at least V), which go through the reference loss: plain autograd on
-        N × V tensors. `module` holds all parameters. Raises UserError where `output` has no weight of that shape.
+        It gets the inputs as they are, and gives (N, D); `output`, a part of `module`, has a `weight` (at least V, D)
+        and maybe a `bias`. Without `output` it gives the logits themselves (N, at least V), which go through the
+        reference loss: plain autograd on N × V tensors. `module` holds all parameters. Raises UserError where `output`
+        has no weight of that shape.
         """
         weight = getattr(output, "weight", None)
         if output is not None and (weight is None or weight.dim() != 2 or len(weight) < vocabulary):
