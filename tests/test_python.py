@@ -333,6 +333,26 @@ def test_what_is_no_output_embedding_is_refused(output, message):
         Predictor.from_module(Small(), Small().features, output, vocabulary=VOCABULARY)
 
 
+def test_an_output_embedding_that_is_no_part_of_its_module_is_refused():
+    class Headless(nn.Module):
+        def __init__(self, words: nn.Module):
+            super().__init__()
+            self.words, self.output = words, nn.Linear(6, VOCABULARY)
+
+    head, words = nn.Linear(6, VOCABULARY), nn.Embedding(VOCABULARY, 6)
+    module = Headless(words)
+    Predictor.from_module(module, lambda *_: None, module.output, vocabulary=VOCABULARY)
+    Predictor.from_module(module, lambda *_: None, words, vocabulary=VOCABULARY)
+    with pytest.raises(
+        UserError, match=r"^output: its weight is none of the parameters of this Headless, .*; make it a"
+    ):
+        Predictor.from_module(module, lambda *_: None, head, vocabulary=VOCABULARY)
+    outside = nn.Linear(6, VOCABULARY)
+    outside.weight = words.weight
+    with pytest.raises(UserError, match=r"^output: its bias is none of the parameters"):
+        Predictor.from_module(module, lambda *_: None, outside, vocabulary=VOCABULARY)
+
+
 def test_logits_narrower_than_the_vocabulary_are_refused():
     module = Small(40)
     own = Predictor.from_module(module, module.logits, vocabulary=VOCABULARY)

@@ -46,6 +46,7 @@ from codistill.families.supported import (
     check_full_precision,
     check_model,
     check_objective,
+    check_output,
     check_supported,
 )
 from codistill.seeds import seed_of
@@ -92,16 +93,11 @@ class Predictor(nn.Module):
 
         It gets the inputs as they are, and gives (N, D); `output`, a part of `module`, has a `weight` (at least V, D)
         and maybe a `bias`. Without `output` it gives the logits themselves (N, at least V), which go through the
-        reference loss: plain autograd on N × V tensors. `module` holds all parameters. Raises UserError where `output`
-        has no weight of that shape.
+        reference loss: plain autograd on N × V tensors. `module` holds all parameters, the output's too. Raises
+        UserError where `output` has no weight of that shape, or parameters that `module` has not.
         """
-        weight = getattr(output, "weight", None)
-        if output is not None and (weight is None or weight.dim() != 2 or len(weight) < vocabulary):
-            shape = "no weight" if weight is None else f"a weight of shape {tuple(weight.shape)}"
-            raise UserError(
-                f"output: {type(output).__name__} has {shape}; wanted an output embedding of at least {vocabulary} "
-                "rows, or no output where features gives logits"
-            )
+        if output is not None:
+            check_output(output, module, vocabulary)
         return cls(module, vocabulary, Parts(features, output))
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
