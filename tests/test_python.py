@@ -320,6 +320,64 @@ def test_a_divergence_of_ones_own_is_the_named_one_if_it_says_the_same():
     assert named.step(0, batch(1))[key].item() == pytest.approx(own.step(0, batch(1))[key].item(), rel=1e-5)
 
 
+@torch.no_grad()
+def without_gradients(student, teacher, temperature):
+    return forward_kl(student, teacher, temperature)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "message"),
+    [
+        (without_gradients, "without_gradients gave a loss without a gradient, so 'small' would not learn"),
+        (
+            lambda student, teacher, tau: forward_kl(student, teacher, tau).detach(),
+            "<lambda> gave a loss without a grad",
+        ),
+        (lambda student, teacher, tau: teacher.logsumexp(-1), "<lambda> gave a loss without a gradient"),
+        (
+            lambda student, teacher: student.sum(-1),
+            "<lambda> failed with .* 2 positional arguments but 3 were given.; w",
+        ),
+        (
+            lambda s, t, tau: s.sum(dim="v"),
+            "<lambda> failed with '.*; wanted a function of the student's logits, the t",
+        ),
+    ],
+)
+def test_a_divergence_of_ones_own_that_cannot_teach_is_refused_by_its_edge(divergence, message):
+    cohort = Cohort([member("large"), member("small")], [Distillation("large", "small", divergence)])
+    with pytest.raises(UserError, match=f"^edge 'large' -> 'small': divergence .*{message}") as refusal:
+        cohort.step(0, batch(1))
+    assert "\n" not in str(refusal.value)
+    assert isinstance(refusal.value.__cause__, TypeError) == ("failed" in message)
+
+
+def test_a_divergence_needs_no_gradient_where_none_is_asked_for():
+    hidden = {name: torch.randn(5, 11) for name in ("a", "b")}
+    settings = {"hard_weight": {"a": 0.0, "b": 0.0}, "edges": [Edge("a", "b", divergence=without_gradients)]}
+    loss = linear_cohort_loss(hidden, dict.fromkeys("ab"), {}, torch.zeros(5, dtype=torch.int64), **settings)
+    assert loss.soft[0] > 0
+
+
+@pytest.mark.parametrize("given", ["features", "logits"])
+def test_features_without_a_gradient_are_refused_unless_what_is_behind_them_is_frozen(given):
+    module, _ = small(given)
+    function = torch.no_grad()(getattr(module, given))
+    own = Predictor.from_module(module, function, *[module.output][: given == "features"], vocabulary=VOCABULARY)
+    learner = Member("own", own, SGD(own.parameters(), lr=0.1))
+    cohort = Cohort([learner, member("other")])
+    with pytest.raises(
+        UserError, match=r"^member 'own': its features have no gradient, so model\.words\.weight \("
+    ) as said:
+        cohort.step(0, batch(1))
+    assert "\n" not in str(said.value)
+    module.words.requires_grad_(False)
+    if given == "features":
+        before = module.output.weight.detach().clone()
+        cohort.step(0, batch(1))
+        assert not torch.equal(module.output.weight, before)
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

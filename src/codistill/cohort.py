@@ -178,7 +178,10 @@ class Cohort:
         elif any(part.training for part in member.predictor.modules()):  # a loop that says `teacher.train()`
             member.predictor.eval()
         with torch.set_grad_enabled(member.is_trained), autocast(self.device.type, self.precision):
-            return member.predictor(batch.inputs, batch.rows_N)
+            features_ND = member.predictor(batch.inputs, batch.rows_N)
+        if member.is_trained and not features_ND.requires_grad:
+            _check_reached(member)
+        return features_ND
 
     def _loss(
         self,
@@ -243,6 +246,17 @@ def _step_optimizer(optimizer: Optimizer, lr: float | None, suppressed: Tensor) 
     elif not bool(suppressed):  # any other optimizer has to be asked from the host, which waits for the device
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _check_reached(member: Member) -> None:
+    """UserError where features without a gradient leave parameters behind them untrained."""
+    head = {id(member.predictor.output_weight), id(member.predictor.output_bias)}
+    left = [name for name, p in member.predictor.named_parameters() if p.requires_grad and id(p) not in head]
+    if left:
+        raise UserError(
+            f"member {member.name!r}: its features have no gradient, so {left[0]} ({len(left)} such) would not learn; "
+            "compute them outside torch.no_grad and detach nothing, or freeze these parameters (requires_grad = False)"
+        )
 
 
 def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:
