@@ -289,6 +289,27 @@ def test_any_module_learns_and_teaches_by_its_features_or_its_logits(given, voca
         torch.testing.assert_close(old - new, like.grad, rtol=1e-3, atol=1e-6)
 
 
+class Placed(nn.Module):
+    """Calls its positions as RoBERTa does, which counts them from its padding token, and has windows as ModernBERT."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.ModernBertConfig(num_hidden_layers=3, sliding_window=2)
+        self.position_embeddings, self.output = nn.Embedding(20, 6, padding_idx=1), nn.Linear(6, VOCABULARY)
+
+    def features(self, inputs, rows_N):
+        self.seen = inputs
+        return self.position_embeddings(inputs["position_ids"]).flatten(0, 1)[rows_N]
+
+
+def test_a_module_of_ones_own_gets_a_batchs_inputs_as_they_are():
+    module = Placed()
+    own = Predictor.from_module(module, module.features, module.output, vocabulary=VOCABULARY)
+    given = {"position_ids": torch.arange(4)[None], "attention_mask": torch.ones(1, 1, 4, 4, dtype=torch.bool)}
+    own(given, torch.arange(4))
+    assert {name: id(tensor) for name, tensor in module.seen.items()} == {n: id(t) for n, t in given.items()}
+
+
 def test_a_divergence_of_ones_own_is_the_named_one_if_it_says_the_same():
     def cohort(divergence):
         edges = [Distillation("large", "small", divergence, temperature=2.0)]
@@ -297,6 +318,64 @@ def test_a_divergence_of_ones_own_is_the_named_one_if_it_says_the_same():
     named, own = cohort("forward_kl"), cohort(lambda student, teacher, tau: forward_kl(student, teacher, tau))
     key = "small/from_large"
     assert named.step(0, batch(1))[key].item() == pytest.approx(own.step(0, batch(1))[key].item(), rel=1e-5)
+
+
+@torch.no_grad()
+def without_gradients(student, teacher, temperature):
+    return forward_kl(student, teacher, temperature)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "message"),
+    [
+        (without_gradients, "without_gradients gave a loss without a gradient, so 'small' would not learn"),
+        (
+            lambda student, teacher, tau: forward_kl(student, teacher, tau).detach(),
+            "<lambda> gave a loss without a grad",
+        ),
+        (lambda student, teacher, tau: teacher.logsumexp(-1), "<lambda> gave a loss without a gradient"),
+        (
+            lambda student, teacher: student.sum(-1),
+            "<lambda> failed with .* 2 positional arguments but 3 were given.; w",
+        ),
+        (
+            lambda s, t, tau: s.sum(dim="v"),
+            "<lambda> failed with '.*; wanted a function of the student's logits, the t",
+        ),
+    ],
+)
+def test_a_divergence_of_ones_own_that_cannot_teach_is_refused_by_its_edge(divergence, message):
+    cohort = Cohort([member("large"), member("small")], [Distillation("large", "small", divergence)])
+    with pytest.raises(UserError, match=f"^edge 'large' -> 'small': divergence .*{message}") as refusal:
+        cohort.step(0, batch(1))
+    assert "\n" not in str(refusal.value)
+    assert isinstance(refusal.value.__cause__, TypeError) == ("failed" in message)
+
+
+def test_a_divergence_needs_no_gradient_where_none_is_asked_for():
+    hidden = {name: torch.randn(5, 11) for name in ("a", "b")}
+    settings = {"hard_weight": {"a": 0.0, "b": 0.0}, "edges": [Edge("a", "b", divergence=without_gradients)]}
+    loss = linear_cohort_loss(hidden, dict.fromkeys("ab"), {}, torch.zeros(5, dtype=torch.int64), **settings)
+    assert loss.soft[0] > 0
+
+
+@pytest.mark.parametrize("given", ["features", "logits"])
+def test_features_without_a_gradient_are_refused_unless_what_is_behind_them_is_frozen(given):
+    module, _ = small(given)
+    function = torch.no_grad()(getattr(module, given))
+    own = Predictor.from_module(module, function, *[module.output][: given == "features"], vocabulary=VOCABULARY)
+    learner = Member("own", own, SGD(own.parameters(), lr=0.1))
+    cohort = Cohort([learner, member("other")])
+    with pytest.raises(
+        UserError, match=r"^member 'own': its features have no gradient, so model\.words\.weight \("
+    ) as said:
+        cohort.step(0, batch(1))
+    assert "\n" not in str(said.value)
+    module.words.requires_grad_(False)
+    if given == "features":
+        before = module.output.weight.detach().clone()
+        cohort.step(0, batch(1))
+        assert not torch.equal(module.output.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +389,26 @@ def test_a_divergence_of_ones_own_is_the_named_one_if_it_says_the_same():
 def test_what_is_no_output_embedding_is_refused(output, message):
     with pytest.raises(UserError, match=message):
         Predictor.from_module(Small(), Small().features, output, vocabulary=VOCABULARY)
+
+
+def test_an_output_embedding_that_is_no_part_of_its_module_is_refused():
+    class Headless(nn.Module):
+        def __init__(self, words: nn.Module):
+            super().__init__()
+            self.words, self.output = words, nn.Linear(6, VOCABULARY)
+
+    head, words = nn.Linear(6, VOCABULARY), nn.Embedding(VOCABULARY, 6)
+    module = Headless(words)
+    Predictor.from_module(module, lambda *_: None, module.output, vocabulary=VOCABULARY)
+    Predictor.from_module(module, lambda *_: None, words, vocabulary=VOCABULARY)
+    with pytest.raises(
+        UserError, match=r"^output: its weight is none of the parameters of this Headless, .*; make it a"
+    ):
+        Predictor.from_module(module, lambda *_: None, head, vocabulary=VOCABULARY)
+    outside = nn.Linear(6, VOCABULARY)
+    outside.weight = words.weight
+    with pytest.raises(UserError, match=r"^output: its bias is none of the parameters"):
+        Predictor.from_module(module, lambda *_: None, outside, vocabulary=VOCABULARY)
 
 
 def test_logits_narrower_than_the_vocabulary_are_refused():

@@ -5,6 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from codistill.errors import UserError
 from codistill.remap import remap_state
 from remap_models import FAMILIES, build, config_of, distance, drawn, one_thread, tokens  # noqa: F401
 
@@ -74,6 +75,22 @@ def test_growing_in_float32_with_the_output_embedding_tied_or_not(family, tied, 
     new = build(target, remap_state(model.state_dict(), config, target, width=method, depth="identity"), torch.float32)
     expected, got = model(input_ids=tokens()).logits, new(input_ids=tokens()).logits
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["replicate", "tile", "zero"])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_gpt2_whose_attention_does_not_divide_keeps_its_function(heads, method):
+    config, target = (
+        config_of("gpt2", width=width, heads=n, scale_attn_weights=False) for width, n in ((8, 2), (16, heads))
+    )
+    model, new = moved(config, target, width=method)
+    assert distance(model, new) < 1e-12
+
+
+def test_a_target_that_alone_does_not_divide_is_refused():
+    config, target = config_of("gpt2"), config_of("gpt2", width=16, scale_attn_weights=False)
+    with pytest.raises(UserError, match="only one has scale_attn_weights; give the target the source's"):
+        moved(config, target, width="replicate")
 
 
 @pytest.mark.parametrize("method", ["replicate", "zero"])

@@ -229,6 +229,31 @@ def test_a_cache_of_another_run_is_refused(changes, message, text, teachers, tmp
     refused(message, load(override(to_dict(reading), changes)), tmp_path / "run")
 
 
+@pytest.mark.parametrize(("setting", "value"), [("rms_norm_eps", 0.5), ("rope_parameters", {"rope_theta": 50.0})])
+def test_a_teacher_of_the_same_weights_that_computes_otherwise_is_another(setting, value, text, teachers, tmp_path):
+    run = run_of("dwt-clm", text, teachers)
+    _, reading = cached(run, tmp_path / "cache")
+    other = shutil.copytree(teachers["dwt-clm"], tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    assert setting in config
+    changed = config | {setting: {**config[setting], **value} if isinstance(value, dict) else value}
+    (other / "config.json").write_text(json.dumps(changed))
+    there = f"members.weak.path={other}"
+    batch = build(run, CPU).batches.at(0)[0]
+    assert not torch.equal(live_log_p(run, batch), live_log_p(load(override(to_dict(run), [there])), batch))
+    refused("its teacher is [0-9a-f]{12}…, and here it is", load(override(to_dict(reading), [there])), tmp_path / "run")
+
+
+def test_the_same_teacher_saved_again_is_the_same(text, teachers, tmp_path):
+    run = run_of("dwt-clm", text, teachers)
+    _, reading = cached(run, tmp_path / "cache")
+    other = shutil.copytree(teachers["dwt-clm"], tmp_path / "other")
+    build(reading, CPU).models["weak"].config.save_pretrained(other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"transformers_version": "5.0.0", "dtype": "bfloat16"}))
+    build(load(override(to_dict(reading), [f"members.weak.path={other}"])), CPU)
+
+
 def test_another_masking_rate_is_another_run(text, teachers, tmp_path):
     _, reading = cached(run_of("dwt", text, teachers), tmp_path / "cache")
     changed = load(override(to_dict(reading), ["objective.mask_rate=0.2"]))

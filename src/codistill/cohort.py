@@ -63,8 +63,8 @@ class Cohort:
         _check(members, distillation, ranks)
         self._language_models = {m.name: m.predictor for m in members if not m.predictor.is_from_module}
         self._causal = _causal({name: predictor.model for name, predictor in self._language_models.items()})
-        models = {member.name: member.predictor.model for member in members}
-        self._relations = Relations(distillation, models, {m.name: m.noise_key for m in members}, seed)
+        predictors = {member.name: member.predictor for member in members}
+        self._relations = Relations(distillation, predictors, {m.name: m.noise_key for m in members}, seed)
         self.distillation = self._relations.edges
         for name, projections in self._relations.projections.items():
             for projection in projections.values():
@@ -178,7 +178,10 @@ class Cohort:
         elif any(part.training for part in member.predictor.modules()):  # a loop that says `teacher.train()`
             member.predictor.eval()
         with torch.set_grad_enabled(member.is_trained), autocast(self.device.type, self.precision):
-            return member.predictor(batch.inputs, batch.rows_N)
+            features_ND = member.predictor(batch.inputs, batch.rows_N)
+        if member.is_trained and not features_ND.requires_grad:
+            _check_reached(member)
+        return features_ND
 
     def _loss(
         self,
@@ -243,6 +246,17 @@ def _step_optimizer(optimizer: Optimizer, lr: float | None, suppressed: Tensor) 
     elif not bool(suppressed):  # any other optimizer has to be asked from the host, which waits for the device
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+def _check_reached(member: Member) -> None:
+    """UserError where features without a gradient leave parameters behind them untrained."""
+    head = {id(member.predictor.output_weight), id(member.predictor.output_bias)}
+    left = [name for name, p in member.predictor.named_parameters() if p.requires_grad and id(p) not in head]
+    if left:
+        raise UserError(
+            f"member {member.name!r}: its features have no gradient, so {left[0]} ({len(left)} such) would not learn; "
+            "compute them outside torch.no_grad and detach nothing, or freeze these parameters (requires_grad = False)"
+        )
 
 
 def _num_rows(micro_batches: Sequence[Batch], device: torch.device) -> Tensor:

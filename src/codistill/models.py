@@ -4,7 +4,7 @@ What is specific to a family stands in `codistill.families`. Shape suffixes: B s
 D width, N predicted rows, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,6 +35,7 @@ from codistill.families import (
     first_position,
     is_causal,
     is_in_the_table,
+    layers_of,
     local_window,
     split,
 )
@@ -45,6 +46,7 @@ from codistill.families.supported import (
     check_full_precision,
     check_model,
     check_objective,
+    check_output,
     check_supported,
 )
 from codistill.seeds import seed_of
@@ -73,9 +75,10 @@ class Predictor(nn.Module):
             use_short_attention(model)
         self.model, self.vocabulary = model, vocabulary
         self.is_from_module = parts is not None  # what it predicts is its maker's to know
-        # Looked up once, because a walk through module names costs more than a tiny model's layer norm.
-        self._parts, self._first_position = parts or split(model), first_position(model)
-        self._window = local_window(model)
+        # Looked up once, because a walk through module names costs more than a tiny model's layer norm. Who gives parts
+        # of their own takes a batch's inputs as they are: what these mean is theirs to say.
+        self._parts = parts or split(model)
+        self._first_position, self._window = (0, None) if parts else (first_position(model), local_window(model))
 
     @classmethod
     def from_module(
@@ -88,17 +91,13 @@ class Predictor(nn.Module):
     ) -> "Predictor":
         """A predictor of any module, from `features(inputs, rows_N)`, a function of a batch's inputs and its rows.
 
-        It gives (N, D), and `output`, a part of `module`, has a `weight` (at least V, D) and maybe a `bias`. Without
-        `output` it gives the logits themselves (N, at least V), which go through the reference loss: plain autograd on
-        N × V tensors. `module` holds all parameters. Raises UserError where `output` has no weight of that shape.
+        It gets the inputs as they are, and gives (N, D); `output`, a part of `module`, has a `weight` (at least V, D)
+        and maybe a `bias`. Without `output` it gives the logits themselves (N, at least V), which go through the
+        reference loss: plain autograd on N × V tensors. `module` holds all parameters, the output's too. Raises
+        UserError where `output` has no weight of that shape, or parameters that `module` has not.
         """
-        weight = getattr(output, "weight", None)
-        if output is not None and (weight is None or weight.dim() != 2 or len(weight) < vocabulary):
-            shape = "no weight" if weight is None else f"a weight of shape {tuple(weight.shape)}"
-            raise UserError(
-                f"output: {type(output).__name__} has {shape}; wanted an output embedding of at least {vocabulary} "
-                "rows, or no output where features gives logits"
-            )
+        if output is not None:
+            check_output(output, module, vocabulary)
         return cls(module, vocabulary, Parts(features, output))
 
     def forward(self, inputs: Mapping[str, Tensor], rows_N: Tensor) -> Tensor:
@@ -128,6 +127,11 @@ class Predictor(nn.Module):
             bias_V = None if self.output_bias is None else self.output_bias[: self.vocabulary].to(wide_NV.dtype)
             return functional.linear(wide_NV, self.output_weight[: self.vocabulary].to(wide_NV.dtype), bias_V)
         return wide_NV[:, : self.vocabulary]
+
+    @cached_property
+    def layers(self) -> Sequence[nn.Module]:
+        """Those that put out the model's hidden states; none where that is not proven."""
+        return layers_of(self.model) if self._parts.layers is None else self._parts.layers
 
     @cached_property
     def looks_ahead(self) -> bool:

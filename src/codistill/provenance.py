@@ -80,17 +80,17 @@ def _config_hash(path: str) -> str:
     """Of what a folder's config.json says of the model, or the revision of a model of the hub."""
     if not Path(path).is_dir():
         return _revision(path)
-    text = json.dumps(_lasting(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))), sort_keys=True)
+    text = json.dumps(lasting(json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _lasting(config: Any) -> Any:
+def lasting(config: Any) -> Any:
     """`config` without what is another each time that the same model is saved: versions, places, and the type that the
     weights themselves have."""
     if isinstance(config, Mapping):
         kept = (key for key in config if not key.startswith("_") and key not in _NOT_OF_THE_MODEL)
-        return {key: _lasting(config[key]) for key in kept}
-    return [_lasting(value) for value in config] if isinstance(config, list) else config
+        return {key: lasting(config[key]) for key in kept}
+    return [lasting(value) for value in config] if isinstance(config, list) else config
 
 
 def _revision(path: str) -> str:

@@ -23,6 +23,7 @@ from codistill.divergences import forward_kl
 from codistill.edges import Distillation
 from codistill.errors import UserError
 from codistill.families import is_causal
+from codistill.models import Predictor
 from codistill.objectives import Batch
 from codistill.seeds import seed_of
 from codistill.taps import Kept, Tap, Taps
@@ -66,12 +67,13 @@ class Relations:
     """
 
     def __init__(
-        self, edges: Iterable[Distillation], models: Mapping[str, nn.Module], keys: Mapping[str, str], seed: int
+        self, edges: Iterable[Distillation], predictors: Mapping[str, Predictor], keys: Mapping[str, str], seed: int
     ):
         edges = list(edges)
         inner = [edge for edge in edges if edge.kind != "logits"]
         names = dict.fromkeys(name for edge in inner for name in (edge.teacher, edge.student))
-        self._taps = {name: Taps(models[name], name) for name in names}
+        models = {name: predictors[name].model for name in names}
+        self._taps = {name: Taps(model, predictors[name].layers, name) for name, model in models.items()}
         self._is_causal = {name: is_causal(models[name]) for name in names}
         self.edges = [self._with_layers(edge) for edge in edges]
         self.projections: dict[str, nn.ModuleDict] = {edge.student: nn.ModuleDict() for edge in inner}

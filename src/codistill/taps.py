@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T position, D width.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from codistill.errors import UserError
+from codistill.families import state_of
 
-# How attention layers call their projections: three of them, or one that gives queries, keys and values side by side.
+# How attention layers call their three projections.
 _PROJECTIONS = (
     ("query", "key", "value"),
     ("query_proj", "key_proj", "value_proj"),
     ("q_lin", "k_lin", "v_lin"),
     ("q_proj", "k_proj", "v_proj"),
-    ("Wqkv",),
-    ("c_attn",),
 )
+# By family, the one projection that gives queries, keys and values side by side; others that have one mix them by head,
+# or have keys and values narrower than queries, under the same names.
+_FUSED = {"gpt2": "c_attn", "modernbert": "Wqkv"}
 
 
 class Tap(NamedTuple):
@@ -34,19 +36,18 @@ Kept = dict[Tap, dict[int, Tensor]]  # 0: the one (B, T, D); or 0, 1 and 2: quer
 
 
 class Taps:
-    """The layers of a Hugging Face model; raises UserError, naming `member`, where they cannot be told."""
+    """The `layers` of a Hugging Face model; raises UserError, naming `member`, where there are none."""
 
-    def __init__(self, model: nn.Module, member: str):
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module], member: str):
         config = getattr(model, "config", None)
-        self.member, self.count = member, getattr(config, "num_hidden_layers", 0)
-        self.width, self.heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
-        lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == self.count]
-        if not self.count or not lists:
+        if not layers:
             raise UserError(
-                f"member {member!r}: {type(model).__name__} has no list of layers to be seen; edges of kind hidden and "
-                "relation need a Hugging Face model with one"
+                f"member {member!r}: {type(model).__name__} has no list of layers that are known to put out its hidden "
+                "states; edges of kind hidden and relation need a Hugging Face model with one"
             )
-        self._layers = lists[0]
+        self.member, self.count, self._layers = member, len(layers), layers
+        self.width, self.heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
+        self._family = getattr(config, "model_type", type(model).__name__)
 
     def check(self, tap: Tap) -> None:
         """Raises UserError where there is no such layer, or it has no queries, keys and values."""
@@ -77,19 +78,19 @@ class Taps:
         by_name: dict[str, nn.Module] = {}
         for name, part in self._layers[layer - 1].named_modules():
             by_name.setdefault(name.rpartition(".")[2], part)
-        for names in _PROJECTIONS:
+        fused = (_FUSED[self._family],) if self._family in _FUSED else None
+        for names in _PROJECTIONS if fused is None else (fused,):
             if all(name in by_name for name in names):
                 return [by_name[name] for name in names]
         raise UserError(
-            f"member {self.member!r}: layer {layer} has no queries, keys and values by a known name; "
-            "edges of kind relation cannot use this model"
+            f"member {self.member!r}: where layer {layer} of a {self._family} has queries, keys and values is not "
+            "known; leave out this edge of kind relation, or give a model of another family"
         )
 
 
 def _keep(kept: Kept, tap: Tap, place: int, pieces: int) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        for index, piece in enumerate(tensor.chunk(pieces, -1), start=place):
+        for index, piece in enumerate(state_of(output).chunk(pieces, -1), start=place):
             # The first time only: DeBERTa's projections go on to run on embeddings of positions.
             kept.setdefault(tap, {}).setdefault(index, piece)
 

@@ -2,8 +2,9 @@
 
 A cache holds what a teacher says about every predicted row of the first so many sequences that a run sees, in the order
 in which it sees them. That order, and what is masked, is a function of the text, tokenizer, seed, objective and length,
-which are the cache's key together with the teacher's own weights; the size of a batch, its micro-batches and ranks only
-cut it into pieces. A fingerprint of each sequence is compared on reading, so that nothing can be read beside its row.
+which are the cache's key together with the teacher's own weights and configuration; the size of a batch, its
+micro-batches and ranks only cut it into pieces. A fingerprint of each sequence is compared on reading, so that nothing
+can be read beside its row.
 
 Shape suffixes: B sequences, N predicted rows of these, D width, K few tokens of a row.
 """
@@ -13,11 +14,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from codistill import schedules
 from codistill.config import Run
@@ -25,8 +27,9 @@ from codistill.data.order import mix
 from codistill.errors import UserError
 from codistill.kernels import SparseLogits
 from codistill.objectives import Batch
+from codistill.provenance import lasting
 
-FORMAT = "codistill-teacher-cache-4"
+FORMAT = "codistill-teacher-cache-5"
 Kind = Literal["features", "top_k", "sampled"]
 # The log-probability of a token that was never drawn: next to nothing in sum, and yet no denormal number, whose
 # exponential takes a CPU seventeen times as long (measured).
@@ -185,8 +188,12 @@ def _check_edges(run: Run, name: str, cache: TeacherCache, field: str) -> None:
 
 
 def _hash(model: nn.Module) -> str:
-    """SHA-256 of the parameters and buffers, whatever folder or file they came from."""
-    digest = hashlib.sha256()
+    """SHA-256 of the parameters, buffers and what the configuration says of the model, whatever folder they came from.
+
+    Rotary bases, epsilons and windows stand in no weight, and change what it says all the same.
+    """
+    settings = lasting(cast(PreTrainedModel, model).config.to_diff_dict())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

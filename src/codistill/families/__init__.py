@@ -1,6 +1,6 @@
 """Architectures: what is specific to a family of models stands here, and nowhere else."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import nn
@@ -8,7 +8,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from codistill.families.causal import CAUSAL
 from codistill.families.family import Family, Parts, parts_of
-from codistill.families.found import cut, found, is_causal_class
+from codistill.families.found import cut, found, found_layers, is_causal_class
+from codistill.families.layers import first_list, state_of
 from codistill.families.masked import MASKED, MASKED_LEGACY
 
 FAMILIES: Mapping[str, Family] = {**MASKED, **CAUSAL}
@@ -23,9 +24,11 @@ __all__ = [
     "is_causal",
     "is_in_the_table",
     "known_objective",
+    "layers_of",
     "local_window",
     "longest",
     "split",
+    "state_of",
 ]
 
 
@@ -59,6 +62,11 @@ def split(model: nn.Module, *, is_proven: bool = False) -> Parts:
         return cut(model) if is_proven else found(model)
     known = cast(PreTrainedModel, model)
     return parts_of(known, cast(Family, family_of(known.config)))
+
+
+def layers_of(model: nn.Module) -> Sequence[nn.Module]:
+    """The layers of `model` that put out its hidden states, by the table or by proof; none where neither tells."""
+    return first_list(model) if is_in_the_table(model) else found_layers(model)
 
 
 def is_in_the_table(model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 Shape suffixes: B sequences, T position, D width, N predicted rows, V vocabulary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from codistill.config import ModelConfig
+from codistill.families.layers import first_list
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,13 @@ class Parts:
 
     `features(inputs, rows_N)` are (N, D); logits are features @ `weight`ᵀ + `bias`. With `output` None the features
     are the logits. `bias_of` names the bias where it is not `output`'s own. Both are read at each use, because sharding
-    replaces parameters.
+    replaces parameters. `layers`: those that put out the hidden states, none where none are known to; None: not asked.
     """
 
     features: Callable[[Mapping[str, Tensor], Tensor], Tensor]
     output: nn.Module | None
     bias_of: tuple[nn.Module, str] | None = None
+    layers: Sequence[nn.Module] | None = None
 
     @property
     def weight(self) -> Tensor | None:
@@ -84,4 +86,4 @@ def parts_of(model: PreTrainedModel, family: Family) -> Parts:
     # A causal model would keep its keys and values, and with them take documents for one another's past.
     options = {"use_cache": False} if family.objective == "clm" else {}
     chain = Chain(model.get_submodule(family.backbone), transform, options)
-    return Parts(chain, model.get_submodule(family.output), bias_of)
+    return Parts(chain, model.get_submodule(family.output), bias_of, first_list(model))

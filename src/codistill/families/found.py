@@ -3,10 +3,10 @@
 Shape suffixes: B sequences, T position, D width, N predicted rows, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from codistill.errors import UserError
 from codistill.families.family import Parts
+from codistill.families.layers import first_list, lists_of_layers, puts_out_states
 
 CAUSAL_CLASSES = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
 _TOLERANCE = 1e-5  # of the largest logit
@@ -58,19 +59,34 @@ def found(model: nn.Module) -> Parts:
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise UserError(f"{name!r}: an encoder-decoder does not predict the rows of its own input; give another model")
-    difference = _difference(model)
+    moved, ids_BT = _moved(model)
+    difference = _difference(moved, ids_BT)
     if difference is not None:
         raise UserError(
             f"{name!r}: its logits are not its output embedding's ({difference}), so the family cannot be used as it "
             "is; say where its parts are with Predictor.from_module(module, features, output, vocabulary=…)"
         )
-    return cut(model)
+    return replace(cut(model), layers=_layers(model, moved, ids_BT))
 
 
 def cut(model: nn.Module) -> Parts:
     """`model` before its output embedding, which it has; unproven."""
     output = cast(nn.Linear, _output_embedding(model))
     return Parts(Bypass(model, output), output)
+
+
+def found_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The layers of `model`, proven by running it with all parameters moved at random; none where that cannot be."""
+    if not first_list(model):
+        return ()
+    try:
+        return _layers(model, *_moved(model))
+    except Exception:  # a model that cannot be copied, as one in shards, or that has no such vocabulary
+        return ()
+
+
+def _layers(model: nn.Module, moved: nn.Module, ids_BT: Tensor) -> Sequence[nn.Module]:
+    return first_list(model) if puts_out_states(moved, lists_of_layers(moved), ids_BT) else ()
 
 
 def _check_not_wrapped(name: str, model: nn.Module) -> None:
@@ -98,18 +114,23 @@ def _output_embedding(model: nn.Module) -> nn.Linear | None:
 
 
 @torch.no_grad()
-def _difference(original: nn.Module) -> str | None:
-    """How the logits differ from features → output embedding, in a few words, or None."""
+def _moved(original: nn.Module) -> tuple[nn.Module, Tensor]:
+    """A copy with all parameters moved at random, in evaluation mode, and random tokens (2, 8) for it."""
     model = deepcopy(original).eval()
-    output = cast(nn.Linear, _output_embedding(model))
-    device = output.weight.device
+    device = next(model.parameters()).device
     draw = torch.Generator(device).manual_seed(0)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=draw, device=device, dtype=parameter.dtype), alpha=0.1)
-    ids_BT = torch.randint(cast(Any, model).config.vocab_size, (2, 8), generator=draw, device=device)
+    return model, torch.randint(cast(Any, model).config.vocab_size, (2, 8), generator=draw, device=device)
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, ids_BT: Tensor) -> str | None:
+    """How the logits differ from features → output embedding, in a few words, or None."""
+    output = cast(nn.Linear, _output_embedding(model))
     try:
-        logits_NV = model(input_ids=ids_BT).logits.flatten(0, 1)
-        features_ND = Bypass(model, output)({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=device))
+        logits_NV = cast(Any, model)(input_ids=ids_BT).logits.flatten(0, 1)
+        features_ND = Bypass(model, output)({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device))
         expected_NV = functional.linear(features_ND, output.weight, output.bias)
         error = (logits_NV - expected_NV).abs().max().item()
     except Exception as failure:  # whatever a stranger's forward raises

@@ -87,3 +87,21 @@ def check_model(model: nn.Module) -> None:
     narrow = next((f"{n} {p.dtype}" for n, p in model.named_parameters() if p.dtype.itemsize < 2), None)
     if narrow is not None:
         raise UserError(f"{name}: a model in 8 or 4 bits is not supported ({narrow}); load it in 16 or 32")
+
+
+def check_output(output: nn.Module, module: nn.Module, vocabulary: int) -> None:
+    """UserError unless `output` has the weight of an output embedding, and its parameters are those of `module`."""
+    weight = getattr(output, "weight", None)
+    if weight is None or weight.dim() != 2 or len(weight) < vocabulary:
+        shape = "no weight" if weight is None else f"a weight of shape {tuple(weight.shape)}"
+        raise UserError(
+            f"output: {type(output).__name__} has {shape}; wanted an output embedding of at least {vocabulary} "
+            "rows, or no output where features gives logits"
+        )
+    held = set(map(id, module.parameters()))
+    outside = [name for name, parameter in output.named_parameters() if id(parameter) not in held]
+    if outside:
+        raise UserError(
+            f"output: its {outside[0]} is none of the parameters of this {type(module).__name__}, so nobody would "
+            "train, move or save it; make it a part of module"
+        )

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from codistill.divergences import DIVERGENCES
-from codistill.errors import UserError
+from codistill.errors import UserError, first_line
 from codistill.kernels.problem import Edge, Problem
 
 
@@ -32,14 +32,27 @@ def reference_loss(problem: Problem) -> tuple[Tensor, dict[str, Tensor], tuple[T
 
 
 def _rows(edge: Edge, logits: Mapping[str, Tensor], count: int) -> Tensor:
+    """(N,) the edge's loss of each row; UserError, naming the edge, for what a function of one's own cannot give."""
     divergence = DIVERGENCES[edge.divergence] if isinstance(edge.divergence, str) else edge.divergence
-    rows = divergence(logits[edge.student], logits[edge.teacher].detach(), edge.temperature)
+    student_NV = logits[edge.student]
+    said = f"edge {edge.teacher!r} -> {edge.student!r}: divergence {getattr(divergence, '__name__', divergence)}"
+    try:
+        rows = divergence(student_NV, logits[edge.teacher].detach(), edge.temperature)
+    except TypeError as error:
+        raise UserError(
+            f"{said} failed with {first_line(error)!r}; wanted a function of the student's logits, the teacher's "
+            "logits and the temperature, in this order"
+        ) from error
     # Any other shape would be broadcast against the rows' weights, (N, 1) to N × N.
     if not isinstance(rows, Tensor) or rows.shape != (count,):
         came = f"shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
         raise UserError(
-            f"edge {edge.teacher!r} -> {edge.student!r}: divergence {getattr(divergence, '__name__', divergence)} gave "
-            f"{came}; wanted the loss of each row, shape ({count},): sum over the vocabulary only"
+            f"{said} gave {came}; wanted the loss of each row, shape ({count},): sum over the vocabulary only"
+        )
+    if student_NV.requires_grad and not rows.requires_grad:
+        raise UserError(
+            f"{said} gave a loss without a gradient, so {edge.student!r} would not learn from it; detach no logits "
+            "of the student, and compute it outside torch.no_grad"
         )
     return rows
 

@@ -1,7 +1,8 @@
 """How attention heads follow from another model's: whole heads, then units inside a head.
 
 Grouped queries: query head h reads key-value head ⌊h / G⌋. A copy of a query head therefore has to sit with a copy of
-its key-value head. Inside a head, attention is softmax(q·k / √d): a new head width d' takes √(d'/d) into the queries.
+its key-value head. Inside a head, attention is softmax(q·k / √d): a new head width d' takes √(d'/d) into the queries,
+unless the model does not divide.
 Rotary positions turn the units i and i + d/2 by position × θ^(−2i/d): a unit only keeps its meaning at a place that
 turns as fast, so these places are matched by frequency and the others are new.
 """
@@ -44,8 +45,11 @@ def inside(heads: Tensor, units: Tensor, width: int) -> Tensor:
     return (heads[:, None] * width + units[None, :]).flatten()
 
 
-def head_maps(method: str, narrow: Shape, wide: Shape, seed: int, ratio: int | None) -> dict[str, Map]:
-    """The maps of query, key, value and attended. `ratio`: of rotary places (see `rotary_ratio`), None without."""
+def head_maps(
+    method: str, narrow: Shape, wide: Shape, seed: int, *, ratio: int | None, stretch: float
+) -> dict[str, Map]:
+    """The maps of query, key, value and attended. `ratio`: of rotary places (see `rotary_ratio`), None without.
+    `stretch`: what queries take (see `query_stretch`)."""
     query_heads, kv_heads = head_units(method, narrow, wide, seed)
     d, wide_d = narrow.head_width, wide.head_width
     plain = matched(method, d, wide_d, seed)
@@ -53,7 +57,6 @@ def head_maps(method: str, narrow: Shape, wide: Shape, seed: int, ratio: int | N
     # Places that turn unlike any of the narrow model's, and padding, count for nothing in q·k: their queries are 0.
     counts = first_copies(turning, d).double() if method == "zero" or ratio else torch.ones(wide_d, dtype=torch.float64)
     share = counts if method == "zero" or ratio else 1 / copies(turning, d)
-    stretch = math.sqrt(wide_d / d)
     query = inside(query_heads, turning, d), (stretch * share).repeat(wide.heads), counts.repeat(wide.heads)
     key = inside(kv_heads, turning, d), torch.ones(wide.units("key"), dtype=torch.float64), counts.repeat(wide.kv_heads)
     return {
@@ -62,6 +65,17 @@ def head_maps(method: str, narrow: Shape, wide: Shape, seed: int, ratio: int | N
         "value": unit_map(method, inside(kv_heads, plain, d), narrow.units("value")),
         "attended": unit_map(method, inside(query_heads, plain, d), narrow.units("attended")),
     }
+
+
+def query_stretch(narrow: Any, wide: Any, narrow_width: int, wide_width: int) -> float:
+    """How much larger q·k has to be for the wide heads: √(d'/d), but 1 where a GPT-2 is told not to divide by √d.
+
+    `narrow` and `wide` are Hugging Face configurations. Raises `UserError` if only one of them divides.
+    """
+    divides = {getattr(config, "scale_attn_weights", True) for config in (narrow, wide)}
+    if len(divides) > 1:
+        raise UserError("width: of source and target only one has scale_attn_weights; give the target the source's")
+    return math.sqrt(wide_width / narrow_width) if divides.pop() else 1.0
 
 
 def _first_only(method: str, space: Map) -> Map:

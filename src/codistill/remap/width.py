@@ -17,7 +17,7 @@ import torch
 from codistill.errors import UserError
 from codistill.remap.architectures import Shape, shape_of, tied
 from codistill.remap.families import describe
-from codistill.remap.heads import head_maps, head_selections, rotary_ratio
+from codistill.remap.heads import head_maps, head_selections, query_stretch, rotary_ratio
 from codistill.remap.maps import Map, Selection, matched, picked, stream_maps, unit_map
 
 WIDEN = ("replicate", "advanced", "tile", "zero")
@@ -92,7 +92,15 @@ def _head_maps(method: str, source: Any, target: Any, seed: int) -> Maps:
     if narrows and any(b > a for a, b in sizes):
         raise UserError("width: heads, key-value heads and head width must all grow or all shrink")
     narrow, wide = (target, source) if narrows else (source, target)
-    spaces = head_maps(method, shape_of(narrow), shape_of(wide), seed, _ratio(narrow, wide))
+    widths = shape_of(narrow).head_width, shape_of(wide).head_width
+    spaces = head_maps(
+        method,
+        shape_of(narrow),
+        shape_of(wide),
+        seed,
+        ratio=_ratio(narrow, wide),
+        stretch=query_stretch(narrow, wide, *widths),
+    )
     return {name: replace(space, narrows=narrows) for name, space in spaces.items()}
 
 
