@@ -84,6 +84,7 @@ def test_every_member_has_a_card(folder):
     assert "tokens in 150 steps of 8 × 32 tokens" in card
     assert str(folder.parent) not in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "model.generate(**prompt, max_new_tokens=40, do_sample=False)" in card
     weak = (folder / "members" / "weak" / "README.md").read_text()
     assert "taken as it was and not trained" in weak
 
@@ -94,3 +95,4 @@ def test_a_masked_members_card(text, tmp_path):
     assert "A masked language model" in card
     assert "| `large` (modernbert, 2 layers × 32), initialised at random; trained beside it | forward_kl |" in card
     assert "pipeline_tag: fill-mask" in card
+    assert "generate" not in card
