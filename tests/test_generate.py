@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from codistill.cli import main
 from codistill.errors import UserError
@@ -60,6 +60,17 @@ def test_padding_rows_of_a_model_are_never_written(folder, tmp_path):
         assert model(shown).logits[0, -1].argmax() >= len(rows) - 9
     model.save_pretrained(place)
     assert generate(wide, "large", "the", tokens=10, temperature=0, device="cpu") == before
+
+
+def test_settings_that_a_member_brings_have_no_say(folder, tmp_path):
+    """Such as a maker's repetition penalty, which changes the likeliest token, or top_p, which hides others."""
+    penal = shutil.copytree(folder, tmp_path / "penal")
+    GenerationConfig(
+        do_sample=True, repetition_penalty=5.0, top_p=1e-4, no_repeat_ngram_size=1, min_new_tokens=19, num_beams=2
+    ).save_pretrained(penal / "members" / "large")
+    for how in ({"temperature": 0}, {"temperature": 1.5, "seed": 1}):
+        one, other = (generate(place, "large", "the", tokens=20, device="cpu", **how) for place in (folder, penal))
+        assert one == other, how
 
 
 def test_what_cannot_go_on_is_refused(folder, teacher, tmp_path):
