@@ -1,12 +1,13 @@
 """The tokenizer beside a member: for `generate` of plain transformers, and for codistill as the run's own."""
 
+import logging
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, BertTokenizer
 
 from codistill.build import build
 from codistill.cli import main
@@ -15,6 +16,7 @@ from codistill.data.tokenizers import Vocabulary, load_tokenizer, tokenizer_hash
 from codistill.errors import UserError
 from codistill.evaluate.encode import encode
 from codistill.evaluate.glue import Group, _check_tokenizers
+from codistill.generate import generate
 from codistill.loading import load, override, read_run, to_dict
 from codistill.train import train
 from runs import small_run
@@ -157,3 +159,23 @@ def test_a_tokenizer_that_closes_nothing_stays_as_its_maker_left_it(tmp_path):
     saved = tokenizer_to_save(plain, is_causal=True)
     assert saved("the cat").input_ids == plain("the cat").input_ids
     assert (saved.bos_token, saved.eos_token) == (None, "<|endoftext|>")
+
+
+def test_a_prompt_that_is_too_long_is_one_line(folder, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with pytest.raises(UserError, match="exceeds the 512 positions of large"):
+        generate(folder, "large", "the cat " * 600, device="cpu")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("roberta", "standalone"), ("gpt2", "standalone-clm")])
+def test_a_long_text_is_cut_to_what_the_member_takes(family, recipe, text, tmp_path):
+    """RoBERTa counts positions from its padding token on, so its configuration names more than it takes."""
+    run = small_run(recipe, text, "steps=1", f"members.large.model.family={family}")
+    place = train(run, tmp_path / "run", device="cpu") / "members" / "large"
+    model, tokenizer = AutoModel.from_pretrained(place), AutoTokenizer.from_pretrained(place)
+    ids = tokenizer("the cat " * 600, truncation=True, return_tensors="pt", return_token_type_ids=False)
+    assert ids["input_ids"].shape == (1, 512)
+    assert torch.isfinite(model(**ids).last_hidden_state).all()
+    again = build(run_of(tmp_path / "run", f"data.tokenizer={place}"), torch.device("cpu")).provenance
+    assert again["tokenizer"] == load(read_run(tmp_path / "run" / "run.yaml")).provenance["tokenizer"]

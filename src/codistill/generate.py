@@ -44,7 +44,7 @@ def generate(
     tokenizer = load_tokenizer(place)
     vocabulary = Vocabulary.of(tokenizer)
     start = [] if vocabulary.start is None else [vocabulary.start]
-    ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = start + tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no token to begin with; give a word")
     model = load_model(str(place), f"--member {member}", "clm").eval()

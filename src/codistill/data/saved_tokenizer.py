@@ -1,4 +1,4 @@
-"""The tokenizer that is saved beside a model, which leaves a causal model's prompts open."""
+"""The tokenizer that is saved beside a model: it knows what that takes, and leaves a causal model's prompts open."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def tokenizer_to_save(tokenizer: PreTrainedTokenizerFast, *, is_causal: bool) -> PreTrainedTokenizerFast:
-    """A copy of `tokenizer` for the folder of a model.
+def tokenizer_to_save(
+    tokenizer: PreTrainedTokenizerFast, *, is_causal: bool, positions: int | None = None
+) -> PreTrainedTokenizerFast:
+    """A copy of `tokenizer` for the folder of a model that takes so many `positions`; None leaves that open.
 
     A causal model goes on with a text. So a tokenizer that closes texts gives them as rows begin, with the start token
     alone, and the tokens that begin and end texts get the names that `generate` knows, where they have none. Ids stay,
@@ -22,6 +24,8 @@ def tokenizer_to_save(tokenizer: PreTrainedTokenizerFast, *, is_causal: bool) ->
     from transformers import PreTrainedTokenizerFast
 
     saved = copy.deepcopy(tokenizer)
+    if positions is not None:
+        saved.model_max_length = positions
     if is_causal:
         start, end = starts_and_ends(tokenizer)
         if _closes(tokenizer):
