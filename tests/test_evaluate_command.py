@@ -153,6 +153,22 @@ def test_the_column_of_held_out_text_can_be_named(folder, tmp_path):
     assert "words" in cell("named.parquet", "words")["failed"]
 
 
+def test_the_same_text_in_other_sources_is_another_cell(folder, tmp_path):
+    tx = tmp_path / "tx"
+    tx.mkdir()
+    for seed, name in enumerate("ab"):
+        (tx / f"{name}.txt").write_text(". ".join(sentences(60, seed)))
+
+    def counted(*text: Path) -> dict:
+        named = [str(place) for place in text]
+        return evaluate([str(folder)], ["mlm"], tmp_path / "out", text=named, protocol=QUICK)["cells"][0]["counted"]
+
+    files = [tx / "a.txt", tx / "b.txt"]
+    assert len(counted(tx)["loss_by_source"]) == 1
+    each = {file.name: next(iter(counted(file)["loss_by_source"].values())) for file in files}
+    assert counted(*files)["loss_by_source"] == {f"tx/{name}": loss for name, loss in each.items()}
+
+
 def test_names_of_models(run, folder):
     assert list(find_models([str(run)])) == ["pair/large", "pair/small"]
     assert list(find_models([str(run / "members" / "small"), str(folder)])) == ["pair/small", "one"]
