@@ -39,6 +39,10 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         total = sum(cut.values()) if isinstance(cut, Mapping) else cut or 0
         if total:
             lines.append(f"truncated: {task}: {total} texts")
+    if kept := results.get("kept"):
+        lines.append(
+            f"kept: {kept} more cells of earlier calls; name their models, tasks, seeds… again to see them here"
+        )
     return list(dict.fromkeys(lines))
 
 
