@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codistill.errors import UserError, first_line
+from codistill.folders import is_local
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -201,11 +202,16 @@ def _continuations(ids: dict[str, int], size: int) -> np.ndarray:
 def _pretrained(spec: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    is_here, wanted = Path(spec).exists(), "give a tokenizer folder, a vocabulary file or a hub name"
+    if not is_here and is_local(spec):
+        raise UserError(f"tokenizer {spec}: there is no such folder here; {wanted}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec)
     except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"tokenizer {spec}: no vocabulary file, tokenizer folder or hub name ({reason})") from error
+        nowhere = (
+            "no tokenizer can be read there" if is_here else "there is no such folder here, and the hub gives none"
+        )
+        raise UserError(f"tokenizer {spec}: {nowhere} ({first_line(error).rstrip('.: ')}); {wanted}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {spec}: it has no fast version; save it with a tokenizer.json")
     # transformers makes a tokenizer of special tokens alone from a model's configuration.
