@@ -120,7 +120,13 @@ def test_trained_wordpiece_has_the_size_and_no_unknown(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("nowhere/to/be/found", "no vocabulary file, tokenizer folder or hub name"),
+        (
+            "nowhere/to/be/found",
+            "found: there is no such folder here; give a tokenizer folder, a vocabulary file or a hub name",
+        ),
+        ("./nowhere", "there is no such folder here; give a tokenizer folder"),
+        ("somebody/nowhere", "there is no such folder here, and the hub gives none .*; give a tokenizer folder"),
+        ("empty", "no tokenizer can be read there .*; give a tokenizer folder"),
         ("words.txt", r"no \[UNK\] and no \[SEP\] among its 2 lines"),
         ("binary.txt", "not a readable vocabulary file"),
         ("broken", "make no byte-level BPE"),
@@ -133,12 +139,14 @@ def test_what_is_no_tokenizer_is_refused(spec, message, tmp_path, monkeypatch):
     (tmp_path / "words.txt").write_text("hello\nworld\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "broken" / "merges.txt").write_text("a b")
     (tmp_path / "a-model").mkdir()
     (tmp_path / "a-model" / "config.json").write_text('{"model_type": "bert", "vocab_size": 1000}')
     with pytest.raises(UserError, match=message) as caught:
         load_tokenizer(spec)
     assert spec in str(caught.value)
+    assert "Repo id" not in str(caught.value)
 
 
 @pytest.mark.parametrize("spec", ["train:wordpiece", "train:wordpiece:many", "train:bpe:32:1"])

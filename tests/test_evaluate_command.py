@@ -64,6 +64,25 @@ def test_all_members_of_a_run_side_by_side(run, data, text, tmp_path, capsys):
     assert "partial: glue/wnli (train 64 of 635, dev 32 of 71 examples)" in printed
 
 
+def test_what_earlier_calls_found_is_kept_and_counted(folder, data, text, tmp_path, capsys):
+    """The table is of what is asked for; to ask for all together computes nothing again."""
+    rates = [*SET, "--set", "learning_rates=[1e-2,1e-3]"]  # the choice among them is kept too, and is no cell
+    asked = ["evaluate", str(folder), "--data", str(data), "--text", str(text), "--out", str(tmp_path / "out"), *rates]
+
+    def shown(*tasks: str) -> tuple[list[str], int, str]:
+        main([*asked, "--tasks", ",".join(tasks)])
+        results = json.loads((tmp_path / "out/results.json").read_text())
+        return [cell["task"] for cell in results["cells"]], results["kept"], capsys.readouterr().out
+
+    assert "kept" not in shown("glue/wnli", "glue/sst2")[2]
+    found, kept, printed = shown("mlm")
+    assert (found, kept) == (["mlm"], 2)
+    assert "kept: 2 more cells of earlier calls" in printed
+    before = sorted(file.stat().st_mtime_ns for file in (tmp_path / "out/cells").iterdir())
+    assert shown("mlm", "glue/wnli", "glue/sst2")[:2] == (["mlm", "glue/wnli", "glue/sst2"], 0)
+    assert sorted(file.stat().st_mtime_ns for file in (tmp_path / "out/cells").iterdir()) == before
+
+
 def test_a_failure_is_printed_and_is_the_exit_status(folder, data, tmp_path, capsys):
     asked = ["evaluate", folder, "--tasks", "blimp,glue/wnli", "--data", data, "--out", tmp_path / "out", *SET]
     assert status(*asked) == 2
@@ -151,6 +170,22 @@ def test_the_column_of_held_out_text_can_be_named(folder, tmp_path):
     assert cell("named.parquet", "body")["score"] == wanted
     assert cell("named.parquet", "text")["score"] != wanted  # and not the cell of the other column
     assert "words" in cell("named.parquet", "words")["failed"]
+
+
+def test_the_same_text_in_other_sources_is_another_cell(folder, tmp_path):
+    tx = tmp_path / "tx"
+    tx.mkdir()
+    for seed, name in enumerate("ab"):
+        (tx / f"{name}.txt").write_text(". ".join(sentences(60, seed)))
+
+    def counted(*text: Path) -> dict:
+        named = [str(place) for place in text]
+        return evaluate([str(folder)], ["mlm"], tmp_path / "out", text=named, protocol=QUICK)["cells"][0]["counted"]
+
+    files = [tx / "a.txt", tx / "b.txt"]
+    assert len(counted(tx)["loss_by_source"]) == 1
+    each = {file.name: next(iter(counted(file)["loss_by_source"].values())) for file in files}
+    assert counted(*files)["loss_by_source"] == {f"tx/{name}": loss for name, loss in each.items()}
 
 
 def test_names_of_models(run, folder):

@@ -1,9 +1,11 @@
 """Intervals against scipy and simulation, averages and agreement against arithmetic."""
 
+import io
 import math
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from codistill.evaluate.compare import (
@@ -17,6 +19,7 @@ from codistill.evaluate.compare import (
     t_quantile,
 )
 from codistill.evaluate.results import Cell
+from codistill.evaluate.table import tables
 from codistill.evaluate.tasks import GLUE
 from codistill.evaluate.zero_shot import short_name
 
@@ -166,3 +169,23 @@ def test_failed_seeds_do_not_count_as_scores():
 def test_sources_keep_as_much_of_their_path_as_tells_them_apart():
     paths = ["/data/a/x/test.parquet", "/data/b/x/test.parquet", "/data/b/y/test.parquet"]
     assert [short_name(path, paths) for path in paths] == ["a/x/test.parquet", "b/x/test.parquet", "y/test.parquet"]
+
+
+@pytest.mark.parametrize(("count", "width", "fit"), [(2, 80, True), (8, 80, False), (8, 300, True), (2, 70, False)])
+def test_models_that_do_not_fit_side_by_side_are_rows(count, width, fit):
+    """Each by its whole name in every case, and beside it its own score."""
+    found = {f"run-{n}/large": 0.5 + n / 100 for n in range(count)}
+    cells = [cell(name, task, score=score) for task in ("glue/rte", "glue/sst2") for name, score in found.items()]
+    console = Console(width=width, file=io.StringIO())
+    console.print(tables({"comparisons": comparisons(cells), "cells": []}, width))
+    scores = console.file.getvalue().split("Differences")[0].splitlines()
+    assert max(len(line) for line in scores) <= width
+    if fit:
+        assert [line.split() for line in scores if "task" in line] == [["task", *found]]
+        assert [line.split()[1:] for line in scores if "glue/rte" in line] == [
+            [f"{x * 100:.1f}" for x in found.values()]
+        ]
+    else:
+        rows = [line.split()[-2:] for line in scores if "/large" in line]
+        assert rows[: 2 * count] == [[name, f"{score * 100:.1f}"] for name, score in found.items()] * 2
+        assert [line.split()[0] for line in scores if "glue/" in line] == ["glue/rte", "glue/sst2"]

@@ -417,6 +417,21 @@ def test_the_test_split_needs_no_labels(folder, tmp_path):
     assert [line.split("\t")[0] for line in lines[1:]] == list("01234")
 
 
+def test_predictions_are_those_of_the_last_evaluation(folder, data, tmp_path):
+    """And what somebody else put there stays."""
+    place, ask = tmp_path / "out/predictions", {"data": data, "protocol": replace(QUICK, epochs=1)}
+
+    def written() -> list[str]:
+        return sorted(str(file.relative_to(place)) for file in place.rglob("*.*"))
+
+    evaluate([str(folder)], ["glue/wnli,glue/sst2"], tmp_path / "out", seeds=2, **ask)
+    assert written() == [f"one/seed-{seed}/dev/{task}.tsv" for seed in (0, 1) for task in ("SST-2", "WNLI")]
+    (place / "one/seed-0/dev/mine.tsv").write_text("mine")
+    evaluate([str(folder)], ["glue/wnli"], tmp_path / "out", **ask)
+    assert written() == ["one/seed-0/dev/WNLI.tsv", "one/seed-0/dev/mine.tsv"]
+    assert not (place / "one/seed-1").exists()
+
+
 # ---- bad input ---------------------------------------------------------------------------------
 
 

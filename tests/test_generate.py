@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from codistill.cli import main
 from codistill.errors import UserError
@@ -62,6 +62,17 @@ def test_padding_rows_of_a_model_are_never_written(folder, tmp_path):
     assert generate(wide, "large", "the", tokens=10, temperature=0, device="cpu") == before
 
 
+def test_settings_that_a_member_brings_have_no_say(folder, tmp_path):
+    """Such as a maker's repetition penalty, which changes the likeliest token, or top_p, which hides others."""
+    penal = shutil.copytree(folder, tmp_path / "penal")
+    GenerationConfig(
+        do_sample=True, repetition_penalty=5.0, top_p=1e-4, no_repeat_ngram_size=1, min_new_tokens=19, num_beams=2
+    ).save_pretrained(penal / "members" / "large")
+    for how in ({"temperature": 0}, {"temperature": 1.5, "seed": 1}):
+        one, other = (generate(place, "large", "the", tokens=20, device="cpu", **how) for place in (folder, penal))
+        assert one == other, how
+
+
 def test_what_cannot_go_on_is_refused(folder, teacher, tmp_path):
     with pytest.raises(UserError, match=r"--member small: .* has no such member; there are large, weak"):
         generate(folder, "small", "the")
@@ -84,6 +95,7 @@ def test_every_member_has_a_card(folder):
     assert "tokens in 150 steps of 8 × 32 tokens" in card
     assert str(folder.parent) not in card
     assert "AutoModelForCausalLM.from_pretrained" in card
+    assert "model.generate(**prompt, max_new_tokens=40, do_sample=False)" in card
     weak = (folder / "members" / "weak" / "README.md").read_text()
     assert "taken as it was and not trained" in weak
 
@@ -94,3 +106,4 @@ def test_a_masked_members_card(text, tmp_path):
     assert "A masked language model" in card
     assert "| `large` (modernbert, 2 layers × 32), initialised at random; trained beside it | forward_kl |" in card
     assert "pipeline_tag: fill-mask" in card
+    assert "generate" not in card

@@ -176,6 +176,16 @@ def test_a_page_is_the_same_each_time(folders, known_study, tmp_path):
     assert one == other
 
 
+def test_a_page_says_that_an_evaluation_is_of_its_last_call(folders, text, tmp_path):
+    scores, small = shutil.copytree(folders["evaluation"], tmp_path / "scores"), folders["run"] / "members" / "small"
+    evaluate([str(small)], ["mlm"], scores, text=[str(text)], protocol=QUICK)
+    said = [
+        [cell for cell in Outside(page.read_text()).cells if cell.startswith("Of the last call")]
+        for page, _ in (write_report([place], tmp_path / "page.html") for place in (folders["evaluation"], scores))
+    ]
+    assert said == [[], ["Of the last call; 1 more cells of earlier calls are kept there."]]
+
+
 def test_a_study_of_ones_own_is_read_where_its_file_is_given(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(sections, "SCALES", {"toy": SCALE})
     page, _ = write_report([folders["study"]], tmp_path / "report.html", [STUDY])

@@ -37,3 +37,8 @@ def config_file(path: Path) -> Path:
     if not file.exists():
         raise UserError(f"{file}: no such file; wanted a folder of a Hugging Face model, or its config.json")
     return file
+
+
+def is_local(name: str) -> bool:
+    """Whether `name` is of a place on this machine, there or not, and cannot be one of the hub."""
+    return Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1

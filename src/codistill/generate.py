@@ -2,11 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
 from codistill import distributed
 from codistill.data.tokenizers import Vocabulary, load_tokenizer
@@ -28,7 +28,8 @@ def generate(
 ) -> str:
     """`prompt` and what the member goes on with, at most `tokens` tokens, until a text ends.
 
-    `temperature` 0 takes the likeliest token each time. Raises UserError where there is no such member, for a masked
+    `temperature` 0 takes the likeliest token each time, another draws from all; the member's own generation_config.json
+    has no say. Raises UserError where there is no such member, for a masked
     language model, and for more tokens than the model has positions.
     """
     if tokens < 1:
@@ -43,7 +44,7 @@ def generate(
     tokenizer = load_tokenizer(place)
     vocabulary = Vocabulary.of(tokenizer)
     start = [] if vocabulary.start is None else [vocabulary.start]
-    ids = start + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = start + tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
     if not ids:
         raise UserError("the prompt is empty, and the tokenizer has no token to begin with; give a word")
     model = load_model(str(place), f"--member {member}", "clm").eval()
@@ -58,15 +59,16 @@ def generate(
     torch.manual_seed(seed)
     shown_T = torch.tensor([ids], device=where)
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    made_T = model.generate(
-        shown_T,
-        attention_mask=torch.ones_like(shown_T),
+    asked = GenerationConfig(
         max_new_tokens=tokens,
         eos_token_id=vocabulary.separator,
         pad_token_id=vocabulary.separator if vocabulary.pad is None else vocabulary.pad,
         suppress_tokens=_padding(model.config.vocab_size, vocabulary.size),
         **drawn,
-    )[0]
+    )
+    # In the place of what a member may bring, such as a repetition penalty: transformers fills gaps from there.
+    cast(Any, model).generation_config = asked
+    made_T = model.generate(shown_T, attention_mask=torch.ones_like(shown_T), generation_config=asked)[0]
     return str(tokenizer.decode(made_T, skip_special_tokens=True))
 
 

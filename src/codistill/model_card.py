@@ -110,9 +110,15 @@ def _by(member: Mapping[str, Any]) -> str:
 
 def _use(run: Run) -> str:
     auto = {"mlm": "AutoModelForMaskedLM", "clm": "AutoModelForCausalLM"}[run.objective.name]
+    example = (
+        '\nprompt = tokenizer("The old king", return_tensors="pt")\n'
+        "made = model.generate(**prompt, max_new_tokens=40, do_sample=False)\n"
+        "print(tokenizer.decode(made[0], skip_special_tokens=True))\n"
+    )
     return (
         f"## Use\n\n```python\nfrom transformers import AutoTokenizer, {auto}\n\n"
-        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```\n'
+        f'model = {auto}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")\n'
+        f"{example if run.objective.name == 'clm' else ''}```\n"
     )
 
 

@@ -49,6 +49,7 @@ from codistill.families.supported import (
     check_output,
     check_supported,
 )
+from codistill.folders import is_local
 from codistill.seeds import seed_of
 
 # Models here load and save in a moment, beside a progress bar of our own.
@@ -247,7 +248,7 @@ def load_model(
     be missing there, and is then random. `trust_remote_code`: whether Python code that comes with it may be run.
     """
     check_folder(Path(path), field)
-    if _is_local(path) and not (Path(path) / "config.json").is_file():
+    if is_local(path) and not (Path(path) / "config.json").is_file():
         raise UserError(f"{field}: {path!r} is no model folder (it has no config.json); give a folder or a hub name")
     try:
         config_dict, _ = PreTrainedConfig.get_config_dict(path)
@@ -291,7 +292,7 @@ def train_all_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast 
 def load_own_tokenizer(path: str) -> PreTrainedTokenizerFast | None:
     """The tokenizer stored beside a model, or None where there is none; raises UserError for one that is unreadable."""
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-    if _is_local(path) and not any((Path(path) / file).is_file() for file in files):
+    if is_local(path) and not any((Path(path) / file).is_file() for file in files):
         return None
     return load_tokenizer(path)
 
@@ -337,7 +338,3 @@ def _load_weights(
             f"give a model that was saved with its {kind}-LM head"
         )
     return model
-
-
-def _is_local(path: str) -> bool:
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1

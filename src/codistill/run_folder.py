@@ -16,8 +16,10 @@ from codistill.checkpoint import distinct, gathered
 from codistill.claim import JOB, in_use
 from codistill.config import Run
 from codistill.costs import member_flops
+from codistill.data.saved_tokenizer import tokenizer_to_save
 from codistill.distributed import Ranks, job
 from codistill.errors import UserError
+from codistill.families import longest
 from codistill.files import (
     atomic_folder,
     locked,
@@ -153,7 +155,10 @@ def _write_final(
     with atomic_folder(out / "members") as fresh:
         for name, model in built.models.items():
             model.save_pretrained(fresh / name, state_dict=parameters[name])
-            built.tokenizer.save_pretrained(fresh / name)
+            tokenizer = tokenizer_to_save(
+                built.tokenizer, is_causal=run.objective.name == "clm", positions=longest(model)
+            )
+            tokenizer.save_pretrained(fresh / name)
             write_file(fresh / name / "README.md", model_card(run, results, name))
     write_file(out / "results.json", to_json(results, indent=1))
 

@@ -61,7 +61,7 @@ def evaluate(
             device=device,
             advance=advance,
         )
-    console.print(tables(results))
+    console.print(tables(results, console.width))
     console.print(f"results: {out / 'results.json'}", markup=False)
     if any(cell["failed"] for cell in results["cells"]):
         sys.exit(2)

@@ -168,8 +168,9 @@ def name_of(tokenizer: str | PreTrainedTokenizerFast) -> str:
 
 def _behaviour(tokenizer: str | PreTrainedTokenizerFast) -> str:
     """What decides the ids that a tokenizer gives: its rules and its vocabulary, or how it is to be trained."""
-    from codistill.data.tokenizers import encoder_of, separator_of
+    from codistill.data.saved_tokenizer import closing_encoder_of
+    from codistill.data.tokenizers import separator_of
 
     if isinstance(tokenizer, str):
         return tokenizer
-    return hashlib.sha256(f"{separator_of(tokenizer)} {encoder_of(tokenizer).to_str()}".encode()).hexdigest()
+    return hashlib.sha256(f"{separator_of(tokenizer)} {closing_encoder_of(tokenizer).to_str()}".encode()).hexdigest()

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codistill.errors import UserError, first_line
+from codistill.folders import is_local
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -128,7 +130,7 @@ class Vocabulary:
         known[list(ids.values())] = True
         return cls(
             size=size,
-            start=_first(tokenizer.cls_token_id, tokenizer.bos_token_id),
+            start=_start_of(tokenizer),
             separator=separator_of(tokenizer),
             pad=tokenizer.pad_token_id,
             mask=tokenizer.mask_token_id,
@@ -149,12 +151,36 @@ def separator_of(tokenizer: PreTrainedTokenizerFast) -> int:
     return found
 
 
+def starts_and_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[tuple[str, int] | None, tuple[str, int]]:
+    """The token that begins a text, where there is one, and the one that ends it, each with its id."""
+    first, last = _start_of(tokenizer), separator_of(tokenizer)
+    start = None if first is None else (str(tokenizer.convert_ids_to_tokens(first)), first)
+    return start, (str(tokenizer.convert_ids_to_tokens(last)), last)
+
+
+def template(start: tuple[str, int] | None, end: tuple[str, int], *, is_closed: bool = True) -> TemplateProcessing:
+    """What puts `start`, a token and its id, before a text, and `end` after each of two; after a single one too, if
+    texts are `is_closed`."""
+    from tokenizers.processors import TemplateProcessing
+
+    opening = "" if start is None else f"{start[0]} "
+    return TemplateProcessing(
+        single=f"{opening}$A {end[0]}" if is_closed else f"{opening}$A",
+        pair=f"{opening}$A {end[0]} $B:1 {end[0]}:1",
+        special_tokens=list(dict.fromkeys([end] if start is None else [start, end])),
+    )
+
+
 def own_padding(tokenizer: PreTrainedTokenizerFast | None) -> int | None:
     """The id of the token that pads and does nothing else: None where it begins or ends texts too, or stands for what
     is unknown or masked, and where there is none."""
     others = [getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "cls", "sep", "unk", "mask")]
     pad = getattr(tokenizer, "pad_token_id", None)
     return None if pad in others else pad
+
+
+def _start_of(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    return _first(tokenizer.cls_token_id, tokenizer.bos_token_id)
 
 
 def _first(*ids: int | None) -> int | None:
@@ -176,11 +202,16 @@ def _continuations(ids: dict[str, int], size: int) -> np.ndarray:
 def _pretrained(spec: str) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    is_here, wanted = Path(spec).exists(), "give a tokenizer folder, a vocabulary file or a hub name"
+    if not is_here and is_local(spec):
+        raise UserError(f"tokenizer {spec}: there is no such folder here; {wanted}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(spec)
     except Exception as error:
-        reason = first_line(error)
-        raise UserError(f"tokenizer {spec}: no vocabulary file, tokenizer folder or hub name ({reason})") from error
+        nowhere = (
+            "no tokenizer can be read there" if is_here else "there is no such folder here, and the hub gives none"
+        )
+        raise UserError(f"tokenizer {spec}: {nowhere} ({first_line(error).rstrip('.: ')}); {wanted}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"tokenizer {spec}: it has no fast version; save it with a tokenizer.json")
     # transformers makes a tokenizer of special tokens alone from a model's configuration.
@@ -196,19 +227,9 @@ def _wrap(backend: Tokenizer, name: str) -> PreTrainedTokenizerFast:
     present = backend.get_vocab()
     roles = {role: token for role, token in _ROLES.items() if token in present}
     if "[CLS]" in present and "[SEP]" in present:
-        backend.post_processor = _bert_template(present)
+        backend.post_processor = template(*((token, present[token]) for token in ("[CLS]", "[SEP]")))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, name_or_path=name, clean_up_tokenization_spaces=False, **roles
-    )
-
-
-def _bert_template(ids: dict[str, int]):
-    from tokenizers.processors import TemplateProcessing
-
-    return TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, ids[token]) for token in ("[CLS]", "[SEP]")],
     )
 
 

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from codistill.data.tokenizers import encoder_of, separator_of
+from codistill.data.saved_tokenizer import closing_encoder_of
+from codistill.data.tokenizers import starts_and_ends, template
 from codistill.errors import UserError
 from codistill.objectives import Batch
 from codistill.seeds import seed_of
@@ -45,7 +47,8 @@ def encode(
     Pairs are cut at the end of the longer text. A tokenizer that adds none gets its separator after each text. Special
     tokens spelled out in a text are text.
     """
-    encoder = _encoder(tokenizer, max_length)
+    encoder = encoder_for(tokenizer)
+    encoder.enable_truncation(max_length, strategy="longest_first")
     rows = list(texts[0]) if len(texts) == 1 else list(zip(*texts, strict=True))
     encodings = encoder.encode_batch_fast(rows)
     empty = next((row for row, encoding in enumerate(encodings) if not len(encoding.ids)), None)
@@ -106,15 +109,10 @@ def _padded(ids: Sequence[np.ndarray], rows: np.ndarray, length_B: np.ndarray, p
     return ids_BT
 
 
-def _encoder(tokenizer: PreTrainedTokenizerFast, max_length: int):
-    from tokenizers.processors import TemplateProcessing
-
-    encoder = encoder_of(tokenizer)
+def encoder_for(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """What gives single texts and pairs their ids: the tokenizer, with a separator after each text if it adds none."""
+    encoder = closing_encoder_of(tokenizer)
     if not encoder.num_special_tokens_to_add(is_pair=True):
-        separator = separator_of(tokenizer)
-        end = tokenizer.convert_ids_to_tokens(separator)
-        encoder.post_processor = TemplateProcessing(
-            single=f"$A {end}", pair=f"$A {end} $B:1 {end}:1", special_tokens=[(end, separator)]
-        )
-    encoder.enable_truncation(max_length, strategy="longest_first")
+        _, end = starts_and_ends(tokenizer)
+        encoder.post_processor = template(None, end)
     return encoder

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from codistill.errors import UserError
-from codistill.evaluate.encode import Encoded, encode
+from codistill.evaluate.encode import Encoded, encode, encoder_for
 from codistill.evaluate.finetune import (
     Best,
     Labelled,
@@ -224,7 +224,7 @@ class _Work:
 
 
 def _check_tokenizers(group: Group) -> None:
-    names = {subject.tokenizer.backend_tokenizer.to_str(): name for name, subject in group.subjects.items()}
+    names = {encoder_for(subject.tokenizer).to_str(): name for name, subject in group.subjects.items()}
     if len(names) > 1:
         one, other = list(names.values())[:2]
         raise UserError(

@@ -1,13 +1,13 @@
 """Cells: what one model scored at one task with one seed, kept by content, so that nothing is computed twice.
 
 OUT/cells/KEY.json     one cell with its predictions; written whole or not at all
-OUT/results.json       the cells of the last evaluation without predictions, and the comparisons
+OUT/results.json       the cells of the last evaluation without predictions, their comparisons, how many others are kept
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,11 @@ class Store:
             return _with_nan(json.loads((self.folder / f"{key}.json").read_text()))
         except (OSError, ValueError):
             return None
+
+    def num_others(self, keys: Collection[str]) -> int:
+        """How many cells there are beside those of `keys`; what else is kept, as chosen learning rates, is none."""
+        others = {file.stem for file in self.folder.glob("*.json")} - set(keys)
+        return sum("score" in (self.get(key) or {}) for key in others)
 
     def put(self, key: str, content: Mapping[str, Any]) -> None:
         """Keeps `content`; raises MachineError when the disk fails."""

@@ -46,8 +46,9 @@ def evaluate(
     `models`: model folders, hub names or run folders. `tasks`: mlm, glue (all nine), glue/cola…, blimp. `data`: a
     folder as the documentation describes; without, GLUE is fetched by the package `datasets`. `seeds`: fine-tunings of
     each model and task, from seed 0 on. `distill`: "TEACHER:STUDENT" edges between models, beside which every model is
-    fine-tuned alone. `text`: of `mlm`. `limit`: BLiMP pairs a paradigm. Cells known to `out` are reused; what cannot
-    be had becomes a failed cell with its reason. Raises UserError if nothing at all can be done as asked.
+    fine-tuned alone. `text`: of `mlm`. `limit`: BLiMP pairs a paradigm. Cells known to `out` are reused, and those of
+    earlier calls that this one does not ask for are `kept`, and counted only; what cannot be had becomes a failed cell
+    with its reason. Raises UserError if nothing at all can be done as asked.
     """
     known, unknown = parse_tasks(tasks)
     if seeds < 1:
@@ -69,6 +70,7 @@ def evaluate(
     _compute(jobs, plan.store, advance)
     cells = [_restored(cell, plan.store, key) for job in jobs for cell, key in zip(job.cells, job.keys, strict=True)]
     found = _results([*cells, *failed], plan, known, seeds, edges)
+    found["kept"] = plan.store.num_others([key for job in jobs for key in job.keys])
     write_file(out / "results.json", json_with_nan(found, indent=1) + "\n")
     write_predictions(out / "predictions", jobs, plan.store)
     return found

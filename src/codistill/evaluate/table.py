@@ -5,16 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+_SCORES = "Scores (mean ± standard deviation over seeds)"
+_ANY_WIDTH = 100_000  # at which a table takes what it wants
 
-def tables(results: Mapping[str, Any]) -> Group:
-    """Scores by task and model, differences to the first model, and what failed or was cut."""
+
+def tables(results: Mapping[str, Any], width: int) -> Group:
+    """Scores by task and model, differences to the first model, and what failed or was cut, for so many columns of
+    characters."""
     found = results["comparisons"]
     models = list(found["averages"])
-    return Group(_scores(found, models), *_differences(found, models), *(Text(line) for line in notes(results)))
+    scores = _side_by_side(found, models)
+    if Console(width=_ANY_WIDTH).measure(scores).maximum > width:
+        scores = _one_below_another(found, models)
+    return Group(scores, *_differences(found, models), *(Text(line) for line in notes(results)))
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
@@ -39,22 +46,43 @@ def notes(results: Mapping[str, Any]) -> list[str]:
         total = sum(cut.values()) if isinstance(cut, Mapping) else cut or 0
         if total:
             lines.append(f"truncated: {task}: {total} texts")
+    if kept := results.get("kept"):
+        lines.append(
+            f"kept: {kept} more cells of earlier calls; name their models, tasks, seeds… again to see them here"
+        )
     return list(dict.fromkeys(lines))
 
 
-def _scores(found: Mapping[str, Any], models: list[str]) -> Table:
-    table = Table(box=SIMPLE, title="Scores (mean ± standard deviation over seeds)")
+def _side_by_side(found: Mapping[str, Any], models: list[str]) -> Table:
+    table = Table(box=SIMPLE, title=_SCORES)
     table.add_column("task")
     for model in models:
-        table.add_column(model, justify="right", overflow="fold")
-    for task, by_model in found["tasks"].items():
-        table.add_row(task, *(_cell(task, by_model.get(model)) for model in models))
+        table.add_column(model, justify="right")
+    for task, scores in _scores(found, models):
+        table.add_row(task, *scores)
+    return table
+
+
+def _one_below_another(found: Mapping[str, Any], models: list[str]) -> Table:
+    table = Table(box=SIMPLE, title=_SCORES)
+    for column in ("task", "model", "score"):
+        table.add_column(column, justify="right" if column == "score" else "left", overflow="fold")
+    for task, scores in _scores(found, models):
+        for number, (model, score) in enumerate(zip(models, scores, strict=True)):
+            table.add_row("" if number else task, model, score)
+        table.add_section()
+    return table
+
+
+def _scores(found: Mapping[str, Any], models: list[str]) -> list[tuple[str, list[str]]]:
+    """Each task, and the averages of GLUE, with the score of every model."""
+    rows = [(task, [_cell(task, of.get(model)) for model in models]) for task, of in found["tasks"].items()]
     for name in ("with_wnli", "without_wnli"):
         parts = {model: found["averages"][model][name] for model in models}
         if all(len(part["of"]) > 1 for part in parts.values()) and (name == "with_wnli" or _has_wnli(parts, found)):
             shown = [_average(part) for part in parts.values()]
-            table.add_row(f"GLUE average, {name.replace('_', ' ').replace('wnli', 'WNLI')}", *shown)
-    return table
+            rows.append((f"GLUE average, {name.replace('_', ' ').replace('wnli', 'WNLI')}", shown))
+    return rows
 
 
 def _has_wnli(parts: Mapping, found: Mapping) -> bool:

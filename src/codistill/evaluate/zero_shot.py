@@ -49,7 +49,7 @@ def mlm_job(subject: Subject, text: Sequence[str], protocol: Protocol, precision
     key = key_of(
         task="mlm",
         model=subject.content,
-        text=[fingerprint(source) for name in text for source in find_sources([name])],
+        text=[[fingerprint(source) for source in find_sources([name])] for name in text],
         scored_as=how,
         mask_rate=protocol.mask_rate,
         precision=str(precision),

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from codistill.data.saved_tokenizer import tokenizer_to_save
+from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import MachineError, UserError, one_line
 from codistill.export.onnx import compare, convert, quantise, size
 from codistill.files import atomic_folder, to_json
@@ -35,11 +37,18 @@ def export_member(folder: Path, member: str, *, format: Format, out: Path, push:
         _check_installed()
     with atomic_folder(out) as fresh:
         facts = {"format": format, "member": member, **_WRITE[format](folder, source, fresh)}
+        _open_prompts(folder, fresh)
         (fresh / "export.json").write_text(to_json(facts, indent=1) + "\n")
         (fresh / "README.md").write_text(_card(folder, member) + _section(facts))
     if push:
         _upload(out, push)
     return facts
+
+
+def _open_prompts(folder: Path, fresh: Path) -> None:
+    """Has the tokenizer of a causal member leave prompts open; runs of earlier versions saved it as they trained."""
+    if load(read_run(folder / "run.yaml")).objective.name == "clm":
+        tokenizer_to_save(load_tokenizer(fresh), is_causal=True).save_pretrained(fresh)
 
 
 def _card(folder: Path, member: str) -> str:

@@ -138,6 +138,7 @@ def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [
         Heading(f"Evaluation {folder.resolve().name}"),
         Text(f"Mean ± standard deviation over {results['seeds']} fine-tuning seeds where there are any."),
+        *_kept(results),
         Table(["task", *models], scores),
     ]
     rows = [_paired(task, model, d) for task, of in found["paired"].items() for model, d in of.items()]
@@ -148,6 +149,11 @@ def _evaluation(folder: Path, results: Mapping[str, Any]) -> list[Block]:
         ]
     failed = [[c["task"], c["model"], c["failed"]] for c in results["cells"] if c["failed"]]
     return blocks + ([Table(["failed", "model", "why"], failed, words=(1, 2))] if failed else [])
+
+
+def _kept(results: Mapping[str, Any]) -> list[Block]:
+    others = results.get("kept")  # evaluations of earlier versions do not say it
+    return [Text(f"Of the last call; {others} more cells of earlier calls are kept there.")] if others else []
 
 
 def _score(task: str, of: Mapping[str, Any] | None) -> str:
