@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from codistill.blocks import to_markdown
-from codistill.evaluate.results import to_json
+from codistill.evaluate.results import json_with_nan
 from codistill.evaluate.run import evaluate
 from codistill.study.analysis import analysis
 from codistill.study.arms import keys_of
@@ -116,7 +116,7 @@ def test_a_score_that_is_no_number_is_empty_and_says_why(tmp_path):
     """As `codistill evaluate` writes the correlation of predictions that are all alike."""
     (tmp_path / "run" / "scores").mkdir(parents=True)
     cell = {"model": "run/one", "task": "glue/stsb", "score": float("nan"), "failed": "", "counted": {"partial": {}}}
-    (tmp_path / "run" / "scores" / "results.json").write_text(to_json({"cells": [cell]}))
+    (tmp_path / "run" / "scores" / "results.json").write_text(json_with_nan({"cells": [cell]}))
     found = _glue(tmp_path / "run", "one")
     assert found == {"stsb": {"failed": "its score is nan: the predictions are all alike"}}
     cells = [graded("alone", 0, 0.0), graded("taught", 0, 0.0, **found)]
