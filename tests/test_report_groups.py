@@ -163,6 +163,16 @@ def test_what_changes_no_number_parts_no_group(tmp_path):
     ]
 
 
+def test_a_model_that_nobody_trains_is_not_compared(tmp_path):
+    losses = {"large": 3.0, "small": 3.5, "small-alone": 3.6}
+    frozen = [replace(run, members={**run.members, "large": MemberConfig(path="/m", frozen=True)}, distillation=[])
+              for run in (PAIR, replace(PAIR, steps=9))]  # fmt: skip
+    folders = [finished(tmp_path / f"{n}-{seed}", frozen[n], losses, seed) for n in (0, 1) for seed in (0, 1)]
+    text = page(folders, tmp_path)
+    assert [cells[1] for cells in rows(text) if cells[0] == "1 − 0"] == ["small", "small-alone"]
+    assert row(text, "1 / large")[:2] == ["frozen", "2"]
+
+
 def test_a_seed_counts_once(tmp_path):
     losses = {"large": 3.0, "small": 3.5, "small-alone": 3.6}
     folders = [*group(tmp_path, "A", PAIR, SMALL_A), finished(tmp_path / "again", PAIR, losses | {"small": 9.0}, 1)]
