@@ -11,9 +11,14 @@ from codistill.loading import load, to_dict
 def differing(old: Run, new: Run) -> dict[str, tuple[Any, Any]]:
     """Every setting that is not the same in both, as it was and as it is, by its dotted name; None where there is
     none."""
-    was, now = (_flat(_settings(run)) for run in (old, new))
+    was, now = settings_of(old), settings_of(new)
     keys = sorted(was.keys() | now.keys())
     return {key: (was.get(key), now.get(key)) for key in keys if was.get(key) != now.get(key)}
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """What a run's numbers are made of, by dotted names."""
+    return _flat(to_dict(replace(run, provenance=None, distributed="auto", track=[])))
 
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
@@ -82,14 +87,9 @@ def sequences_by(run: Run, step: int) -> int:
 
 def _before(run: Run, was: dict[str, Any]) -> Run:
     """`run` with the settings that it had: `was` is the first of each pair of `differing`."""
-    now = _flat(_settings(run))
+    now = settings_of(run)
     nulls = {key for key, value in now.items() if value is None and key not in was}  # what a twin has not
     return load(_tree({key: value for key, value in (now | was).items() if value is not None or key in nulls}))
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """What a run's numbers are made of."""
-    return to_dict(replace(run, provenance=None, distributed="auto", track=[]))
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

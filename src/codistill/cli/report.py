@@ -20,6 +20,8 @@ def report(
 ) -> None:
     """Write tables and figures of runs, studies and evaluations as one self-contained HTML page, and as Markdown.
 
+    Runs that are equal but for the seed are one group, and groups are compared with intervals over seeds.
+
     Example: codistill report studies/ctcd runs/ctcd-tiny --out report.html
     """
     from codistill.progress import shown

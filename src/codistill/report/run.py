@@ -1,10 +1,11 @@
 """The table and the learning curves of a run folder. A twin is drawn as its original, dashed."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.box import SIMPLE
 from rich.table import Table
 
@@ -14,11 +15,14 @@ from codistill.files import machine_error
 from codistill.history import tokens_by
 from codistill.loading import load, read_run
 from codistill.metrics import read_metrics
+from codistill.study.figure import draw_band
+
+_PANELS_IN_A_ROW = 3
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The contents of a finished run's `results.json`."""
-    return json.loads((folder / "results.json").read_text())
+    """The contents of a finished run's `results.json`; None for what was no number, however that is written."""
+    return json.loads((folder / "results.json").read_text(), parse_constant=lambda name: None)
 
 
 def results_table(folder: Path) -> Table:
@@ -63,24 +67,57 @@ def curves_figure(folder: Path) -> Any:
     """Held-out loss over training tokens, as a figure of matplotlib."""
     from matplotlib.figure import Figure
 
-    results, curves = read_results(folder), _held_out_curves(folder)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.subplots()
-    originals = [name for name, member in results["members"].items() if not member["twin_of"]]
-    for name, points in curves.items():
-        original = results["members"][name]["twin_of"]
-        colour = COLOURS[originals.index(original or name) % len(COLOURS)]
-        label = f"{name}, taught by {' and '.join(results['members'][name]['taught_by'])}"
-        label = label if results["members"][name]["taught_by"] else name
-        axes.plot(*zip(*points, strict=True), color=colour, linestyle="--" if original else "-", label=label)
+    _draw(figure.subplots(), [folder])
+    return figure
+
+
+def groups_figure(groups: Mapping[str, Sequence[Path]]) -> Any:
+    """As `curves_figure`, with a panel for each name, of runs that are equal but for the seed: the mean over seeds and
+    a band of one standard deviation."""
+    from matplotlib.figure import Figure
+
+    columns = min(len(groups), _PANELS_IN_A_ROW)
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(max(7.2, 4.6 * columns), 4.4 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes, (name, folders) in zip(panels, groups.items(), strict=False):
+        _draw(axes, folders)
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelleft=True, labelbottom=True)
+    for axes in panels[len(groups) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _draw(axes: Any, folders: Sequence[Path]) -> None:
+    """The curves of runs of the same members."""
+    results = read_results(folders[0])
+    members, curves = results["members"], [_held_out_curves(folder) for folder in folders]
+    originals = [name for name, member in members.items() if not member["twin_of"]]
+    for name in curves[0]:
+        # Runs that stopped early, or had a loss that is no number, have fewer points than others.
+        known = [dict(of.get(name, [])) for of in curves]
+        tokens = sorted(set.intersection(*map(set, known)))
+        if not tokens:
+            continue
+        original, teachers = members[name]["twin_of"], members[name]["taught_by"]
+        draw_band(
+            axes,
+            np.array(tokens),
+            np.array([[of[at] for at in tokens] for of in known]),
+            color=COLOURS[originals.index(original or name) % len(COLOURS)],
+            linestyle="--" if original else "-",
+            label=f"{name}, taught by {' and '.join(teachers)}" if teachers else name,
+        )
     unigram = results["held_out"]["unigram_loss"]
     axes.axhline(unigram, color="0.6", linewidth=0.8)
     axes.text(0.99, unigram, "unigram", transform=axes.get_yaxis_transform(), color="0.4", fontsize=8, ha="right")
-    axes.set(xlabel="training tokens (millions)", ylabel=f"held-out {_kind(results)}-LM loss (nats)")
+    spread = "\nmean ± 1 sd of seeds" if len(folders) > 1 else ""
+    axes.set(xlabel="training tokens (millions)", ylabel=f"held-out {_kind(results)}-LM loss (nats){spread}")
     axes.spines[["top", "right"]].set_visible(False)
-    if curves:
+    if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=8)
-    return figure
 
 
 def _kind(results: dict[str, Any]) -> str:
@@ -97,11 +134,16 @@ def untaught_twins(members: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def _row(name: str, member: dict, twin: dict | None, has_twins: bool) -> list[str]:
     row = [
         name,
-        "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody",
+        taught_by(member),
         f"{member['parameters'] / 1e6:.2f} M",
         *scores_of(member),
     ]
     return [*row, versus(member, twin)] if has_twins else row
+
+
+def taught_by(member: Mapping[str, Any]) -> str:
+    """The teachers of a member, as a cell of a table."""
+    return "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody"
 
 
 def scores_of(member: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """What a page says of a folder: a run, a study or an evaluation."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,15 @@ from typing import Any
 from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
 from codistill.errors import UserError
 from codistill.loading import to_yaml
-from codistill.report.run import curves_figure, read_results, scores_of, skipped_steps, untaught_twins, versus
+from codistill.report.run import (
+    curves_figure,
+    read_results,
+    scores_of,
+    skipped_steps,
+    taught_by,
+    untaught_twins,
+    versus,
+)
 from codistill.study import Arm, Study
 from codistill.study.figure import costs_figure, figure_of
 from codistill.study.grids import STUDIES
@@ -20,6 +29,18 @@ from codistill.study.scales import SCALES
 
 def section(folder: Path, studies: Sequence[Study] = ()) -> list[Block]:
     """The blocks of one folder; UserError where it is none of the three. `studies`: besides those of codistill."""
+    with results_of(folder) as results:
+        if (folder / "run.yaml").is_file():
+            return _run(folder, results)
+        if "study" in results:
+            return _study(folder, results, {**STUDIES, **{study.name: study for study in studies}})
+        return _evaluation(folder, results)
+
+
+@contextmanager
+def results_of(folder: Path) -> Iterator[dict[str, Any]]:
+    """Gives what is in the folder's results.json; UserError where there is none, or one that what is done with it does
+    not understand."""
     try:
         results = read_results(folder)
         assert isinstance(results, dict)
@@ -28,11 +49,7 @@ def section(folder: Path, studies: Sequence[Study] = ()) -> list[Block]:
             f"{folder}: no results.json that can be read; give folders of finished runs, studies or evaluations"
         ) from None
     try:
-        if (folder / "run.yaml").is_file():
-            return _run(folder, results)
-        if "study" in results:
-            return _study(folder, results, {**STUDIES, **{study.name: study for study in studies}})
-        return _evaluation(folder, results)
+        yield results
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{folder}: its results.json is no run's, study's or evaluation's of this version") from None
 
@@ -48,30 +65,34 @@ def _run(folder: Path, results: Mapping[str, Any]) -> list[Block]:
         f"in {results.get('precision', 'an unknown precision')}, seed {results.get('seed', 'unknown')}. Unigram "
         f"cross-entropy of the {held_out['rows']:,} held-out tokens: {held_out['unigram_loss']:.3f} nats."
     )
-    head = ["member", "taught by", "parameters", "FLOPs (of teachers)", "loss, nats", "perplexity", "accuracy"]
-    members, alone = results["members"], untaught_twins(results["members"])
-    head += ["loss vs. alone"] if alone else []
-    rows = [
-        _member(name, member) + ([versus(member, members.get(alone.get(name, "")))] if alone else [])
-        for name, member in members.items()
-    ]
     name = folder.resolve().name
     return [
         Heading(f"Run {name}"),
         Text(facts),
         *([Text(skipped_steps(results), important=True)] if skipped_steps(results) else []),
-        Table(head, rows, words=(1,)),
-        *_picture(f"{name}-curves.svg", lambda: curves_figure(folder), f"Held-out loss of {name} along training."),
+        members_table(results["members"]),
+        *picture(f"{name}-curves.svg", lambda: curves_figure(folder), f"Held-out loss of {name} along training."),
         Listing("the resolved configuration", (folder / "run.yaml").read_text(encoding="utf-8")),
     ]
+
+
+def members_table(members: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What each member of a run is, cost and scores."""
+    alone = untaught_twins(members)
+    head = ["member", "taught by", "parameters", "FLOPs (of teachers)", "loss, nats", "perplexity", "accuracy"]
+    head += ["loss vs. alone"] if alone else []
+    rows = [
+        _member(name, member) + ([versus(member, members.get(alone.get(name, "")))] if alone else [])
+        for name, member in members.items()
+    ]
+    return Table(head, rows, words=(1,))
 
 
 def _member(name: str, member: Mapping[str, Any]) -> list[str]:
     flops = member.get("flops", {"own": None, "teachers": 0})
     cost = "not counted" if flops["own"] is None else f"{sum(flops.values()):.3g}"
     teachers = f" ({flops['teachers']:.2g})" if flops["teachers"] else ""
-    taught = "frozen" if member["frozen"] else ", ".join(member["taught_by"]) or "nobody"
-    return [name, taught, f"{member['parameters'] / 1e6:.2f} M", cost + teachers, *scores_of(member)]
+    return [name, taught_by(member), f"{member['parameters'] / 1e6:.2f} M", cost + teachers, *scores_of(member)]
 
 
 # ---- a study -------------------------------------------------------------------------------------
@@ -93,9 +114,9 @@ def _study(folder: Path, results: Mapping[str, Any], studies: Mapping[str, Study
         Text(found["question"]),
         Text(text_used(cells)),
         *_answer(folder),
-        *_picture(f"{name}.svg", lambda: figure_of(request.study, found, cells), _SHOWN),
+        *picture(f"{name}.svg", lambda: figure_of(request.study, found, cells), _SHOWN),
         *study_blocks(found),
-        *_picture(f"{name}-costs.svg", lambda: costs_figure(found), "Quality against what it took to train."),
+        *picture(f"{name}-costs.svg", lambda: costs_figure(found), "Quality against what it took to train."),
         *(
             Listing(f"{arm.regime}, {arm.name}: configuration of seed 0, but for the text", _settings(arm))
             for arm in first
@@ -173,7 +194,7 @@ def _paired(task: str, model: str, of: Mapping[str, Any]) -> list[str]:
     return [task, model, str(of["seeds"]), mean, *intervals]
 
 
-def _picture(name: str, figure_of: Any, caption: str) -> list[Block]:
+def picture(name: str, figure_of: Any, caption: str) -> list[Block]:
     """The figure as SVG; a line in its place where matplotlib is not installed."""
     try:
         import matplotlib

@@ -87,8 +87,8 @@ def _row(of: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "flops": int(np.mean([sum(m["flops"].values()) for m in members])),
         "teacher_flops": int(np.mean([m["flops"]["teachers"] for m in members])),
         "seconds": float(np.mean([m["seconds"] for m in members])),
-        **{metric: _spread([_score(m, metric) for m in members]) for metric in METRICS},
-        "tasks": {task: _spread([_percent(score_of(m, task)) for m in members]) for task in _tasks_of(members)},
+        **{metric: spread_of([_score(m, metric) for m in members]) for metric in METRICS},
+        "tasks": {task: spread_of([_percent(score_of(m, task)) for m in members]) for task in _tasks_of(members)},
         "agreement": float(np.mean(agreement)) if agreement else None,
     }
 
@@ -113,7 +113,8 @@ def _tasks_of(members: Sequence[Mapping[str, Any]]) -> list[str]:
     return [task for task in GLUE if any(score_of(member, task) for member in members)]
 
 
-def _spread(values: Iterable[float | None]) -> dict[str, float | None]:
+def spread_of(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Mean and standard deviation of the values that are known."""
     known = [value for value in values if value is not None]
     return {
         "mean": float(np.mean(known)) if known else None,
@@ -135,7 +136,7 @@ def contrast(wanted: Contrast, by: Mapping[str, Mapping[int, Mapping[str, Any]]]
     found: dict[str, Any] = {"label": wanted.label, "treated": wanted.treated, "control": wanted.control}
     for metric in METRICS:
         pairs = [(_score(treated[seed], metric), _score(control[seed], metric)) for seed in seeds]
-        found[metric] = _difference([a - b for a, b in pairs if a is not None and b is not None])
+        found[metric] = difference_of([a - b for a, b in pairs if a is not None and b is not None])
     losses = [treated[seed]["loss"] - control[seed]["loss"] for seed in seeds]
     return found | {"p": t_probability(losses) if len(losses) > 1 else None, "holm": False}
 
@@ -154,7 +155,7 @@ def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> l
             if max(shares) - min(shares) > _SAME_TIME:
                 break  # looks at other times cannot be compared
             share = shares[0]
-            points.append({"share": share, "loss": _difference([a[at][1] - b[at][1] for a, b in pairs])})
+            points.append({"share": share, "loss": difference_of([a[at][1] - b[at][1] for a, b in pairs])})
         # The last look before the end may be the end, but for a few steps.
         told = [point for point in points if point["share"] in (points[-1]["share"], min(point["share"], 0.99))]
         found.append({"label": wanted.label, "points": told})
@@ -172,7 +173,7 @@ def _at_best(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) ->
     return [
         {
             "label": c.label,
-            "loss": _difference(
+            "loss": difference_of(
                 [b - best[c.control][seed] for seed, b in best[c.treated].items() if seed in best[c.control]]
             ),
         }
@@ -184,7 +185,8 @@ def _best(member: Mapping[str, Any]) -> float:
     return min([member["loss"], *(loss for _, loss in member["curve"])])
 
 
-def _difference(values: Sequence[float]) -> dict[str, Any]:
+def difference_of(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and 95 % Student-t interval of paired differences, one for each seed, and what they show."""
     interval = t_interval(values) if len(values) > 1 else None
     return {
         "seeds": len(values),

@@ -134,16 +134,22 @@ def draw_curves(axes: Any, study: Study, cells: Sequence[Cell]) -> None:
             continue
         tokens = np.array(curves[0])[:, 0] / 1e6
         losses = np.array([np.array(curve)[:, 1] for curve in curves])
-        mean, sd = losses.mean(0), losses.std(0, ddof=1) if len(losses) > 1 else np.zeros(len(tokens))
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot(tokens, mean, color=colour, linewidth=1.4, label=name)
-        axes.fill_between(tokens, mean - sd, mean + sd, color=colour, alpha=0.15, linewidth=0)
+        draw_band(axes, tokens, losses, color=COLOURS[number % len(COLOURS)], linewidth=1.4, label=name)
     axes.set_xlabel("training tokens (millions)", fontsize=8)
     axes.set_ylabel("held-out loss (nats), mean ± 1 sd of seeds", fontsize=8)
     axes.tick_params(labelleft=True)
     _plain(axes)
     if axes.has_data():
         axes.legend(frameon=False, fontsize=7)
+
+
+def draw_band(axes: Any, tokens: np.ndarray, losses: np.ndarray, color: str, **line: Any) -> None:
+    """The mean of `losses` (seeds × tokens) as a line, and a band of one standard deviation over seeds."""
+    mean = losses.mean(0)
+    axes.plot(tokens, mean, color=color, **line)
+    if len(losses) > 1:
+        sd = losses.std(0, ddof=1)
+        axes.fill_between(tokens, mean - sd, mean + sd, color=color, alpha=0.15, linewidth=0)
 
 
 def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], names: Mapping[str, str], named: bool) -> None:

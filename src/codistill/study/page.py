@@ -52,7 +52,7 @@ def text_used(cells: Sequence[Mapping[str, Any]]) -> str:
 def _facts(of: Mapping[str, Any]) -> str:
     unigram = f"{of['unigram_loss']:.3f} nats" if of["unigram_loss"] is not None else "not known"
     return (
-        f"{_span(of['steps'], ',')} steps, {_span(of['tokens'], ',')} tokens, {_span(of['passes'], '.3g')} passes; "
+        f"{span(of['steps'], ',')} steps, {span(of['tokens'], ',')} tokens, {span(of['passes'], '.3g')} passes; "
         f"unigram cross-entropy of the held-out text {unigram}."
     )
 
@@ -70,7 +70,8 @@ def _many(regimes: Mapping[str, Any]) -> str:
     )
 
 
-def _span(values: list[float], style: str) -> str:
+def span(values: Sequence[float], style: str) -> str:
+    """The least and the greatest of sorted values, or the only one."""
     shown = [format(value, style) for value in values]
     return "no" if not shown else shown[0] if shown[0] == shown[-1] else f"{shown[0]} to {shown[-1]}"
 
@@ -104,10 +105,10 @@ def _how_far(name: str, overfits: bool, found: Sequence[Mapping[str, Any]]) -> s
 def _from_unigram(below: Sequence[float]) -> tuple[str, str]:
     """How many nats, and whether below the unigram or above it."""
     if max(below) < 0:
-        return _span(sorted(-value for value in below), ".2f"), "above"
+        return span(sorted(-value for value in below), ".2f"), "above"
     if min(below) < 0:
         return f"{-min(below):.2f} nats above to {max(below):.2f}", "below"
-    return _span(sorted(below), ".2f"), "below"
+    return span(sorted(below), ".2f"), "below"
 
 
 def contrasts_table(of: Mapping[str, Any]) -> Table:
@@ -146,10 +147,11 @@ def _row(name: str, row: Mapping[str, Any]) -> list[str]:
     teachers = f" ({row['teacher_flops']:.2g})" if row["teacher_flops"] else ""
     agreement = "" if row["agreement"] is None else f"{100 * row['agreement']:.1f} %"
     cost = [f"{row['parameters'] / 1e6:.2f} M", f"{row['flops']:.3g}{teachers}", f"{row['seconds']:.0f}"]
-    return [name, str(len(row["seeds"])), *cost, _spread(row["loss"], 3), _spread(row["blimp"], 1), agreement]
+    return [name, str(len(row["seeds"])), *cost, spread(row["loss"], 3), spread(row["blimp"], 1), agreement]
 
 
-def _spread(of: Mapping[str, float | None], digits: int) -> str:
+def spread(of: Mapping[str, float | None], digits: int) -> str:
+    """Mean ± standard deviation, as far as they are known."""
     if of["mean"] is None:
         return ""
     return f"{of['mean']:.{digits}f}" + ("" if of["sd"] is None else f" ± {of['sd']:.{digits}f}")
@@ -161,7 +163,7 @@ def _glue(of: Mapping[str, Any], partial: Mapping[str, Mapping[str, str]]) -> li
     if not tasks:
         return []
     rows = [
-        [name, *(_spread(row["tasks"].get(task, _NOTHING), 1) for task in tasks), _spread(row["glue"], 1)]
+        [name, *(spread(row["tasks"].get(task, _NOTHING), 1) for task in tasks), spread(row["glue"], 1)]
         for name, row in of["rows"].items()
     ]
     short = [f"{task} ({', '.join(f'{split} {n}' for split, n in splits.items())})" for task, splits in partial.items()]
