@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from codistill.config import DistillationConfig
 from codistill.history import differing, parts, tokens_by
 from codistill.loading import load, override, parse_yaml, to_dict, to_yaml
 from codistill.recipes import find
@@ -38,6 +39,13 @@ def test_an_edge_that_was_not_there_goes_and_one_that_was_comes_back():
     none = load(tree | {"distillation": []})
     for old, new in ((one, fewer), (fewer, one), (one, none), (none, one)):
         assert _of_before(old, new) == to_dict(old)
+
+
+def test_members_may_be_called_as_settings_are():
+    one = load(override(to_dict(find("ctcd:tiny")), ["distillation=[]"]))
+    called = {"step": one.members["large"], "distillation": one.members["small"]}
+    one = replace(one, members=called, distillation=[DistillationConfig(teacher="step", student="distillation")])
+    assert _of_before(one, load(override(to_dict(one), ["seed=3"]))) == to_dict(one)
 
 
 def _of_before(old, new):

@@ -23,8 +23,8 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 # What of the provenance must be as it was for a run to go on with the same bits. Another machine is not refused.
 DETERMINING = ("data", "tokenizer", "special_tokens", "members", "configurations", "divergences", "versions")
-# What decides which held-out tokens are scored; a loss on others is another quantity.
-_SCORED = ("data.length", "data.packing", "data.within_documents", "objective", "evaluate.sequences", "seed")
+# What decides beside the text which held-out tokens are scored; a loss on others is another quantity.
+SCORED = ("data.length", "data.packing", "data.within_documents", "objective", "evaluate.sequences", "seed")
 _SCORED_INPUTS = ("data.validation", "tokenizer", "special_tokens")
 
 
@@ -46,7 +46,7 @@ def scored_from(run: Run) -> int:
 
 
 def _scores_otherwise(part: Mapping[str, Any]) -> bool:
-    kinds = ((part["was"], _SCORED), (part.get("inputs", {}), _SCORED_INPUTS))
+    kinds = ((part["was"], SCORED), (part.get("inputs", {}), _SCORED_INPUTS))
     return any(f"{key}.".startswith(f"{name}.") for found, names in kinds for key in found for name in names)
 
 
@@ -109,16 +109,19 @@ def _tree(flat: Mapping[str, Any]) -> dict[str, Any]:
         for key in above:
             place = place.setdefault(key, {})
         place[last] = value
-    return _with_numbers(tree)
+    if isinstance(edges := tree.get("distillation"), dict):
+        tree["distillation"] = [edges[key] for key in sorted(edges, key=int)]
+    return _with_steps(tree)
 
 
-def _with_numbers(tree: Any) -> Any:
-    """With the edges as a list again, and the steps of a schedule as numbers."""
+def _with_steps(tree: Any) -> Any:
+    """With the steps of schedules as numbers again; a member may be called `step` too."""
+    if isinstance(tree, list):
+        return [_with_steps(item) for item in tree]
     if not isinstance(tree, dict):
         return tree
-    found = {key: _with_numbers(value) for key, value in tree.items()}
-    if isinstance(edges := found.get("distillation"), dict):
-        found["distillation"] = [edges[key] for key in sorted(edges, key=int)]
-    if isinstance(marks := found.get("step"), dict):
+    found = {key: _with_steps(value) for key, value in tree.items()}
+    marks = found.get("step")
+    if isinstance(marks, dict) and all(key.isdecimal() for key in marks):
         found["step"] = {int(key): value for key, value in marks.items()}
     return found

@@ -42,7 +42,7 @@ def provenance(
         "special_tokens": special_tokens_of(tokenizer),
         "members": {name: _weights_hash(path) for name, path in pre_trained(run).items()},
         # By themselves, so that a run from before they were recorded goes on.
-        "divergences": {spec: file_hash(file_of(spec)) for spec in own_divergences(run) if file_of(spec).is_file()},
+        "divergences": {spec: file_hash(file_of(spec)) for spec in own_divergences(run)},
         "configurations": {name: _config_hash(path) for name, path in pre_trained(run).items()},
     }
 

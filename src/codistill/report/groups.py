@@ -10,14 +10,11 @@ from typing import Any
 from codistill.blocks import Table
 from codistill.config import Checkpointing, Logging, Run
 from codistill.errors import UserError
-from codistill.history import settings_of
+from codistill.history import SCORED, settings_of
 from codistill.loading import load, read_run
 from codistill.report.run import untaught_twins
 from codistill.report.sections import members_table, results_of
 
-# What the tokens that a run is scored on depend on besides its seed: losses over other tokens say nothing of one
-# another.
-_SCORED = ("objective.", "data.length", "data.packing", "data.within_documents", "evaluate.sequences")
 _VALIDATION = "provenance.data.validation"
 _OF_RUN, _OF_TEXT = ("steps", "tokens", "seconds"), ("rows", "unigram_loss")
 
@@ -45,7 +42,7 @@ class Finished:
     @property
     def scored_on(self) -> dict[str, Any]:
         """The settings that the tokens it is scored on depend on."""
-        return {k: v for k, v in self.settings.items() if k.startswith((*_SCORED, _VALIDATION, "data.validation"))}
+        return {k: v for k, v in self.settings.items() if k.startswith((*SCORED, _VALIDATION, "data.validation"))}
 
 
 @dataclass(frozen=True)
