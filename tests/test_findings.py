@@ -52,6 +52,52 @@ def test_the_numbers_are_those_of_the_committed_study(name, finding):
     assert finding.seeds == found["seeds"]
 
 
+REGIMES = [("masked", often) for often in ("one pass", "20 passes")]
+REGIMES += [("causal", often) for often in ("one pass", "20 passes", "20 passes, regularised")]
+IN_README = {
+    "student of a weak teacher nearly as good as it": {
+        "masked": ("dwt-soft-weight", "weight 1 − alone"),
+        "causal": ("causal", "large: dwt, weak teacher − alone"),
+    },
+    "student of a much weaker teacher": {
+        "masked": ("dwt-teacher-quality", "extremely-weak teacher − alone"),
+        "causal": ("causal", "large: dwt, weaker teacher − alone"),
+    },
+    "large model of a pair, each teaching the other": {
+        "masked": ("ctcd", "large: both ways − alone"),
+        "causal": ("causal", "large: ctcd − alone"),
+    },
+    "small model of that pair": {
+        "masked": ("ctcd", "small: both ways − alone"),
+        "causal": ("causal", "small: ctcd − alone"),
+    },
+    "small model of that pair − the large one alone": {
+        "masked": ("ctcd", "small: both ways − large alone"),
+        "causal": ("causal", "small: ctcd − large alone"),
+    },
+    "student that starts from the weak model, grown, and is not taught": {
+        "masked": ("dwt-remapping", "repeat-last − random, alone, whole rate"),
+    },
+}
+
+
+def in_readme(kind: tuple[str, str] | None, regime: str) -> str:
+    """A study's difference as README.md writes it; a dash where there is none."""
+    results = json.loads((STUDIES / kind[0] / "results.json").read_text())["regimes"] if kind else {regime: {}}
+    found = [c["loss"] for c in results[regime].get("contrasts", ()) if c["label"] == kind[1]]
+    if not found:
+        return "–"
+    mean, low, high = (f"{number:+.2f}".replace("-", "−") for number in (found[0]["mean"], *found[0]["interval"]))
+    shown = found[0]["interval"][0] > 0 or found[0]["interval"][1] < 0
+    return f"{f'**{mean}**' if shown else mean} [{low}, {high}]"
+
+
+def test_the_table_in_the_readme_is_what_the_studies_say():
+    page = (STUDIES.parent / "README.md").read_text()
+    for row, of in IN_README.items():
+        assert f"| {row} | {' | '.join(in_readme(of.get(kind), regime) for kind, regime in REGIMES)} |" in page
+
+
 def test_every_number_of_passes_is_there_once():
     assert [[finding.passes for finding in found] for found in FINDINGS.values()] == [
         [1, 5, 20],
