@@ -67,6 +67,16 @@ def test_the_picture_is_drawn(tmp_path):
 # ---- pages of several folders ---------------------------------------------------------------------
 
 
+ANSWER = """It **helped** a
+[little](../other/README.md), 1 < 2 <b>nats</b>.
+
+| who | by |
+|---|---:|
+| small | 0.1 |
+
+![curves](figure.png)"""
+
+
 @pytest.fixture(scope="module")
 def folders(text, tmp_path_factory) -> dict[str, Path]:
     """A run, a study with made-up cells, and an evaluation with a failed task."""
@@ -77,7 +87,7 @@ def folders(text, tmp_path_factory) -> dict[str, Path]:
     for arm in study.arms:
         cells.put(keys_of(study.arms)[arm.place], made_up_cell(arm))
     tabulate(study)
-    (study.out / "README.md").write_text("# Toy\n\n## Answer\n\nIt **helped** a little.\n\n## More\n\nNo.\n")
+    (study.out / "README.md").write_text("# Toy\n\n## Answer\n\n" + ANSWER + "\n\n## More\n\nNo.\n")
     evaluate([str(run)], ["mlm,nothing"], place / "scores", text=[str(text)], protocol=QUICK)
     return {"run": run, "study": study.out, "evaluation": place / "scores"}
 
@@ -141,7 +151,7 @@ def test_a_page_needs_nothing_else_and_says_what_the_folders_hold(folders, known
     results = json.loads((folders["run"] / "results.json").read_text())
     for name, member in results["members"].items():
         assert {name, f"{member['loss']:.3f}", f"{sum(member['flops'].values()):.3g}"} <= set(html.cells)
-    assert {"taught − alone", "-0.275", "It helped a little.", "Study toy", "Run pair"} <= set(html.cells)
+    assert {"taught − alone", "-0.275", "Study toy", "Run pair"} <= set(html.cells)
     assert any("On the plateau" in cell or "wanted" in cell for cell in html.cells)
     assert any("there is no task 'nothing'" in cell or "nothing" in cell for cell in html.cells)
     assert (folders["run"] / "run.yaml").read_text() in "".join(html.cells)
@@ -151,6 +161,17 @@ def test_a_page_needs_nothing_else_and_says_what_the_folders_hold(folders, known
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(pictures) == 3
     assert all((markdown.parent / name).read_text().count("<svg") == 1 for name in pictures)
+
+
+def test_an_answer_is_on_the_page_as_it_was_written(folders, known_study, tmp_path):
+    """Bold and tables stay; links, which would lead nowhere from here, are words; HTML is shown and not taken."""
+    page, markdown = write_report([folders["study"]], tmp_path / "report.html")
+    html = page.read_text()
+    assert "<p>It <strong>helped</strong> a\nlittle, 1 &lt; 2 &lt;b&gt;nats&lt;/b&gt;.</p>" in html
+    assert {"who", "by", "small", "0.1"} <= set(Outside(html).cells)
+    assert "It **helped** a\nlittle, 1 < 2 <b>nats</b>.\n\n| who | by |\n" in markdown.read_text()
+    assert "README.md" not in html + markdown.read_text()
+    assert "curves" not in html
 
 
 @pytest.mark.parametrize(

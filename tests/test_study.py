@@ -28,7 +28,7 @@ from codistill.study.arms import grouped, keys_of, member_names, merged, of_arm
 from codistill.study.cells import Cells
 from codistill.study.design import Contrast, Setting, edge, frozen, settings
 from codistill.study.execute import Means, Stopped, execute
-from codistill.study.figure import figure_of
+from codistill.study.figure import costs_figure, figure_of, spread
 from codistill.study.grids import STUDIES
 from codistill.study.page import study_blocks
 from codistill.study.plan import plan_lines
@@ -672,3 +672,31 @@ def test_a_cell_of_another_version_or_text_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 0}))
     with pytest.raises(UserError, match=r"it is no cell of format 1, but of another version of codistill"):
         tabulate(request(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "heights"),
+    [
+        ([0.1, 0.5], [0.1, 0.5]),  # far apart: left where they are
+        ([0.5, 0.5], [0.45, 0.55]),  # alike: both give way
+        ([0.3, 0.35, 0.4, 0.9], [0.25, 0.35, 0.45, 0.9]),  # the middle one stays, the far one too
+        ([0.5, 0.5, 0.62], [0.44, 0.54, 0.64]),  # (.5 + .4 + .42) / 3 = .44: the two push the third
+        ([], []),
+    ],
+)
+def test_names_are_moved_apart_and_no_further(wanted, heights):
+    assert spread(wanted, 0.1) == pytest.approx(heights)
+
+
+def test_every_point_of_the_costs_is_named_and_no_name_lies_on_another():
+    """Ten arms as good and as dear as one another, as stand-alone models and their twins in a pair are."""
+    from matplotlib.text import Text
+
+    row = {"parameters": 10, "flops": 5e12, "seconds": 3.0, "loss": {"mean": 4.0, "sd": 0.1}}
+    rows = {f"arm-{number}/small": row for number in range(10)} | {"other/large": {**row, "flops": 9e12}}
+    figure = costs_figure({"regimes": {"one pass": {"rows": rows}}})
+    named = figure.axes[1].texts
+    assert {text.get_text() for text in named} == {name.rpartition("/")[0] for name in rows}
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in named]  # without the line to its point
+    assert not any(a.overlaps(b) for number, a in enumerate(boxes) for b in boxes[:number])

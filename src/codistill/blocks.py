@@ -1,6 +1,7 @@
 """Pages as data: headings, text, tables, pictures; written as Markdown or as one self-contained HTML page."""
 
 import base64
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -23,6 +24,13 @@ class Text:
 
     text: str
     important: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """Somebody's Markdown as it is, but for where its links lead: beside another page they would lead elsewhere."""
+
+    markdown: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class Listing:
     text: str
 
 
-Block = Heading | Text | Table | Picture | Listing
+Block = Heading | Text | Written | Table | Picture | Listing
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:
@@ -71,6 +79,8 @@ def _markdown(block: Block) -> str:
             return f"{'#' * level} {text}"
         case Text(text, important):
             return f"**{text}**" if important else text
+        case Written(markdown):
+            return _without_targets(markdown)
         case Table(head, rows):
             aligned = ["---" if _is_words(block, column) else "---:" for column in range(len(head))]
             lines = [head, aligned, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
@@ -87,6 +97,8 @@ def _html(block: Block) -> str:
             return f"<h{level}>{escape(text)}</h{level}>"
         case Text(text, important):
             return f"<p{' class=important' if important else ''}>{escape(text)}</p>"
+        case Written(markdown):
+            return f"<div class=written>{_rendered(markdown)}</div>"
         case Table(head, rows):
             lines = [_row(block, head, "th"), *(_row(block, row, "td") for row in rows)]
             return f"<div class=wide><table>{''.join(lines)}</table></div>"
@@ -94,6 +106,18 @@ def _html(block: Block) -> str:
             return f"<figure>{_image(content, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
         case Listing(summary, text):
             return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _without_targets(markdown: str) -> str:
+    """Links as their words, pictures as nothing."""
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"!\[[^\]]*\]\([^)]*\)", "", markdown)).strip()
+
+
+def _rendered(markdown: str) -> str:
+    """As HTML; HTML that stands in it is shown, not taken."""
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render(_without_targets(markdown))
 
 
 def _row(table: Table, cells: Sequence[str], tag: str) -> str:
@@ -126,6 +150,7 @@ table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabu
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4e8ec; white-space: nowrap }
 th { border-bottom: 2px solid #8c959f } .w { text-align: left } tr:hover td { background: #f6f8fa }
 figure { margin: 1rem 0 } figure svg, figure img { max-width: 100%; height: auto } figcaption { color: #57606a }
+.written th, .written td { text-align: left; white-space: normal; vertical-align: top }
 .important { border-left: .3rem solid #d55e00; padding-left: .8rem; font-weight: 600 }
 pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; font-size: .8rem } summary { cursor: pointer }
 </style></head><body>

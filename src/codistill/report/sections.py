@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codistill.blocks import Block, Heading, Listing, Picture, Table, Text
+from codistill.blocks import Block, Heading, Listing, Picture, Table, Text, Written
 from codistill.errors import UserError
 from codistill.loading import to_yaml
 from codistill.report.run import (
@@ -135,18 +135,12 @@ _SHOWN = (
 )
 
 
-_PLAIN = str.maketrans("", "", "*`")  # marks of Markdown
-
-
 def _answer(folder: Path) -> list[Block]:
     """What the study's own page answers, if somebody has written one."""
     file = folder / "README.md"
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     _, heading, after = text.partition("## Answer\n")
-    if not heading:
-        return []
-    paragraphs = after.partition("\n## ")[0].strip().split("\n\n")
-    return [Text(" ".join(part.translate(_PLAIN).split())) for part in paragraphs if part]
+    return [Written(after.partition("\n## ")[0].strip())] if heading else []
 
 
 # ---- an evaluation -------------------------------------------------------------------------------

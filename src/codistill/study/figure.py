@@ -94,35 +94,90 @@ def costs_figure(found: Mapping[str, Any]) -> Any:
         for place, (key, label) in zip(line, _COSTS, strict=True):
             _draw_costs(place, found["regimes"][regime]["rows"], key)
             place.set_xlabel(label, fontsize=8)
+        _name_points(line[_NAMED], found["regimes"][regime]["rows"])  # the axes are as wide as they get by now
         line[0].set_ylabel(f"{regime}: held-out loss (nats)", fontsize=8)
     return figure
 
 
 _COSTS = (
     ("parameters", "parameters (millions)"),
-    ("flops", "training FLOPs, teachers' passes included"),
+    ("flops", "training FLOPs with teachers' passes"),
     ("seconds", "training seconds"),
 )
+_NAMED = 1  # where the points have their arms' names: those of one role differ in FLOPs, rarely in parameters
 
 
 def _draw_costs(axes: Any, rows: Mapping[str, Mapping[str, Any]], key: str) -> None:
-    roles = list(dict.fromkeys(name.rpartition("/")[2] for name in rows))
-    for number, role in enumerate(roles):
-        own = {name.rpartition("/")[0]: row for name, row in rows.items() if name.rpartition("/")[2] == role}
-        unit = 1e6 if key == "parameters" else 1
-        x, y = [row[key] / unit for row in own.values()], [row["loss"]["mean"] for row in own.values()]
-        error = [row["loss"]["sd"] or 0.0 for row in own.values()]
-        colour = COLOURS[number % len(COLOURS)]
+    for role, colour in _roles(rows).items():
+        own = [row for name, row in rows.items() if name.rpartition("/")[2] == role]
+        x, y = [row[key] / _unit(key) for row in own], [row["loss"]["mean"] for row in own]
+        error = [row["loss"]["sd"] or 0.0 for row in own]
         axes.errorbar(x, y, error, fmt="o", color=colour, markersize=4, linewidth=0.8, label=role)
-        if key == "flops":
-            for name, at, loss in zip(own, x, y, strict=True):
-                axes.annotate(name, (at, loss), fontsize=5.5, xytext=(3, 2), textcoords="offset points")
     values = [row[key] for row in rows.values() if row[key]]
     if values and max(values) > 20 * min(values):
         axes.set_xscale("log")
     _plain(axes)
     if axes.has_data():
         axes.legend(frameon=False, fontsize=7)
+
+
+def _roles(rows: Mapping[str, Any]) -> dict[str, str]:
+    """The colour of each role."""
+    roles = dict.fromkeys(name.rpartition("/")[2] for name in rows)
+    return {role: COLOURS[number % len(COLOURS)] for number, role in enumerate(roles)}
+
+
+def _unit(key: str) -> float:
+    return 1e6 if key == "parameters" else 1.0
+
+
+def _name_points(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Each point's arm to its right, in its role's colour; names that would lie on one another are moved apart."""
+    key, colours, names = _COSTS[_NAMED][0], _roles(rows), list(rows)
+    if not names:
+        return
+    points = np.array([[rows[name][key] / _unit(key), rows[name]["loss"]["mean"]] for name in names])
+    axes.autoscale_view()
+    # In the axes' own units, 0 to 1: what is far apart is the same on a logarithmic scale.
+    seen = axes.transAxes.inverted().transform(axes.transData.transform(points))
+    for near in _columns(seen[:, 0]):
+        order = sorted(near, key=lambda i: seen[i, 1])
+        heights = spread([seen[i, 1] for i in order], _LINE)
+        for i, height in zip(order, heights, strict=True):
+            arm, _, role = names[i].rpartition("/")
+            axes.annotate(
+                arm, points[i], (max(seen[near, 0]) + 0.025, height), "data", "axes fraction",
+                fontsize=5.5, va="center", color=colours[role],
+                arrowprops={"arrowstyle": "-", "color": colours[role], "linewidth": 0.3, "shrinkA": 0, "shrinkB": 2},
+            )  # fmt: skip
+
+
+_LINE = 0.036  # of the axes' height: a line of the names' size
+_WORD = 0.16  # of their width: a name's
+
+
+def _columns(x: np.ndarray) -> list[list[int]]:
+    """Points whose names, to their right, could lie on one another: those nearer than a name is wide, in chains."""
+    order = np.argsort(x, kind="stable")
+    starts = np.flatnonzero(np.diff(x[order], prepend=-np.inf) > _WORD)
+    return [column.tolist() for column in np.split(order, starts[1:])]
+
+
+def spread(wanted: Sequence[float], gap: float) -> list[float]:
+    """Heights at least `gap` apart in the order of `wanted` (ascending), with the least squares between the two.
+
+    Less i · gap they must not fall, so this is isotonic regression: neighbours that do are put at their mean (the
+    pool-adjacent-violators algorithm, Ayer et al. 1955).
+    """
+    pools: list[tuple[float, int]] = []  # mean, how many
+    for number, height in enumerate(wanted):
+        mean, size = height - number * gap, 1
+        while pools and pools[-1][0] > mean:
+            other, others = pools.pop()
+            mean, size = (mean * size + other * others) / (size + others), size + others
+        pools.append((mean, size))
+    level = [mean for mean, size in pools for _ in range(size)]
+    return [mean + number * gap for number, mean in enumerate(level)]
 
 
 def draw_curves(axes: Any, study: Study, cells: Sequence[Cell]) -> None:
@@ -177,4 +232,5 @@ def draw_contrasts(axes: Any, contrasts: Sequence[Mapping[str, Any]], names: Map
 
 def _plain(axes: Any) -> None:
     axes.tick_params(labelsize=7)
+    axes.xaxis.get_offset_text().set_fontsize(7)
     axes.spines[["top", "right"]].set_visible(False)
