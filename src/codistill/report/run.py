@@ -112,7 +112,10 @@ def _draw(axes: Any, folders: Sequence[Path]) -> None:
         )
     unigram = results["held_out"]["unigram_loss"]
     axes.axhline(unigram, color="0.6", linewidth=0.8)
-    axes.text(0.99, unigram, "unigram", transform=axes.get_yaxis_transform(), color="0.4", fontsize=8, ha="right")
+    axes.annotate(
+        "unigram", (0.99, unigram), (0, 2), axes.get_yaxis_transform(), "offset points",
+        color="0.4", fontsize=8, ha="right", va="bottom",
+    )  # fmt: skip
     spread = "\nmean ± 1 sd of seeds" if len(folders) > 1 else ""
     axes.set(xlabel="training tokens (millions)", ylabel=f"held-out {_kind(results)}-LM loss (nats){spread}")
     axes.spines[["top", "right"]].set_visible(False)
