@@ -405,6 +405,29 @@ def test_a_figures_rows_are_the_same_in_all_regimes_whatever_is_missing():
     assert marks == [1]
 
 
+def test_a_study_over_passes_is_drawn_so_and_those_alike_share_axes():
+    """Gains of 0.2 and 0.4 nats in one pass, and of the first in 5 too: a line to each, at its mean."""
+    labels = ("a: DWT, weight 1 − alone", "a: DWT, weight 4 − alone", "b: CTCD, weight 1 − alone")
+    loss = {"seeds": 3, "verdict": "lower"}
+    one = [{"label": label, "loss": loss | {"mean": mean, "interval": (mean - 0.1, mean + 0.1)}}
+           for label, mean in zip(labels, (-0.2, -0.4, -0.3), strict=True)]  # fmt: skip
+    five = [{"label": labels[0], "loss": {"seeds": 2, "mean": 0.0, "interval": (-0.1, 0.1), "verdict": "not shown"}}]
+    found = {
+        "regimes": {"one pass": {"passes": [0.1], "contrasts": one}, "5 passes": {"passes": [5], "contrasts": five}}
+    }
+    figure = figure_of(replace(STUDY, over_passes=True), found, [])
+    left, right = figure.subfigs[1].axes
+    assert (left.get_title(), right.get_title()) == ("a: DWT", "b: CTCD")
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "weight 1 − alone (2 or 3)",
+        "weight 4 − alone (3)",
+    ]
+    lines = {line.get_label(): list(line.get_ydata()) for line in left.get_lines()}
+    assert (lines["weight 1 − alone (2 or 3)"], lines["weight 4 − alone (3)"]) == ([-0.2, 0.0], [-0.4])
+    filled = [line.get_markerfacecolor() != "white" for line in left.get_lines() if line.get_marker() == "o"]
+    assert filled == [True, False, True]
+
+
 def test_a_contrast_whose_arm_failed_everywhere_has_an_empty_row():
     cells = [made_up("alone", 0, 5.0), made_up("taught", 0, 0.0, failed="a loss that is not finite")]
     (found,) = [

@@ -23,23 +23,30 @@ def draw(study: Study, found: Mapping[str, Any], cells: Sequence[Cell], place: P
 
 
 def figure_of(study: Study, found: Mapping[str, Any], cells: Sequence[Cell]) -> Any:
-    """A figure of matplotlib: for each regime learning curves above, and below all contrasts side by side."""
+    """A figure of matplotlib: for each regime learning curves above, and below all contrasts side by side, or, of a
+    study `over_passes`, over the passes of its regimes."""
     from matplotlib.figure import Figure
 
     regimes = list(found["regimes"])
     names = _row_names(found)
-    heights = [3.2, 0.75 + 0.27 * len(names), *([3.6] if study.over_passes else [])]
+    heights = [3.2, 3.2 if study.over_passes else 0.75 + 0.27 * len(names)]
     figure = Figure(figsize=(1 + 4.6 * max(1, len(regimes)), sum(heights)), layout="constrained")
-    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-    above: Any = parts[0].subplots(1, max(1, len(regimes)), squeeze=False, sharey=True)[0]
-    below: Any = parts[1].subplots(1, max(1, len(regimes)), squeeze=False, sharex=True)[0]
-    for column, regime in enumerate(regimes):
-        draw_curves(above[column], study, [c for c in cells if c["regime"] == regime])
-        above[column].set_title(regime, fontsize=10)
-        draw_contrasts(below[column], found["regimes"][regime]["contrasts"], names, named=column == 0)
+    parts: Any = figure.subfigures(2, 1, height_ratios=heights)
+    above, below = parts
+    for axes, regime in zip(_columns_of(above, len(regimes), sharey=True), regimes, strict=False):
+        draw_curves(axes, study, [c for c in cells if c["regime"] == regime])
+        axes.set_title(regime, fontsize=10)
     if study.over_passes:
-        draw_over_passes(parts[2].subplots(), found)
+        draw_over_passes(below, found, names)
+        return figure
+    for column, (axes, regime) in enumerate(zip(_columns_of(below, len(regimes), sharex=True), regimes, strict=False)):
+        draw_contrasts(axes, found["regimes"][regime]["contrasts"], names, named=column == 0)
     return figure
+
+
+def _columns_of(figure: Any, number: int, **shared: bool) -> Any:
+    """Axes side by side; one where there is nothing to draw yet."""
+    return figure.subplots(1, max(1, number), squeeze=False, **shared)[0]
 
 
 _NOT_SHOWN = "#888888"
@@ -54,33 +61,43 @@ def _row_names(found: Mapping[str, Any]) -> dict[str, str]:
     return {label: f"{label} ({' or '.join(map(str, sorted(of)))})" for label, of in seeds.items()}
 
 
-def draw_over_passes(axes: Any, found: Mapping[str, Any]) -> None:
-    """Each difference of the loss, with its 95 % interval, over the passes of the regimes at equal steps."""
-    lines: dict[str, list[tuple[float, float, float, bool]]] = {}
-    for of in found["regimes"].values():
-        for c in of["contrasts"]:
-            if c["loss"]["interval"] is not None:
-                half = (c["loss"]["interval"][1] - c["loss"]["interval"][0]) / 2
-                is_shown = c["loss"]["verdict"] != "not shown"
-                lines.setdefault(c["label"], []).append((max(of["passes"]), c["loss"]["mean"], half, is_shown))
-    for number, (label, points) in enumerate(lines.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        axes.plot([], [], color=colour, label=label)
-        for often, mean, half, is_shown in sorted(points):
-            axes.errorbar(
-                max(often, 1) * 1.06**number, mean, half, marker="o", markersize=4, linewidth=1.2, capsize=2,
-                color=colour, markerfacecolor=colour if is_shown else "white",
-            )  # fmt: skip
-    axes.axhline(0, color="black", linewidth=0.7)
-    passes = sorted({max(1, round(x)) for points in lines.values() for x, *_ in points})
-    axes.set_xscale("log")
-    axes.set_xticks(passes, [str(often) for often in passes])
-    axes.minorticks_off()
-    axes.set_xlabel("passes over the text at equal steps (1: less than one)", fontsize=8)
-    axes.set_ylabel("difference of the held-out loss (nats)\n95 % interval over seeds; filled: excludes 0", fontsize=8)
-    _plain(axes)
-    if lines:  # above the intervals, which reach everywhere
-        axes.legend(frameon=False, fontsize=7, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+def draw_over_passes(figure: Any, found: Mapping[str, Any], names: Mapping[str, str]) -> None:
+    """Each difference of the loss, with its 95 % interval, over the passes of the regimes at equal steps.
+
+    Contrasts that are alike up to the last comma of their label ("large: CTCD, weight 1 − alone") share axes.
+    """
+    alike: dict[str, list[str]] = {}
+    for label in names:
+        alike.setdefault(label.rpartition(", ")[0], []).append(label)
+    for axes, (title, labels) in zip(_columns_of(figure, len(alike), sharey=True), alike.items(), strict=False):
+        for number, label in enumerate(labels):
+            _draw_gains(axes, found, label, names[label].removeprefix(f"{title}, "), number)
+        axes.set_title(title, fontsize=10)
+        axes.axhline(0, color="black", linewidth=0.7)
+        passes = sorted({max(1, round(max(of["passes"]))) for of in found["regimes"].values()})
+        axes.set_xscale("log")
+        axes.set_xticks(passes, [str(often) for often in passes])
+        axes.minorticks_off()
+        axes.tick_params(labelleft=True)
+        axes.set_xlabel("passes over the text at equal steps (1: less than one)", fontsize=8)
+        words = "difference of the held-out loss (nats)\n95 % over (so many) seeds; filled: excludes 0"
+        axes.set_ylabel(words, fontsize=8)
+        axes.legend(frameon=False, fontsize=7)
+        _plain(axes)
+
+
+def _draw_gains(axes: Any, found: Mapping[str, Any], label: str, name: str, number: int) -> None:
+    """One contrast in all regimes, as a line; the `number`-th beside the others of its axes."""
+    of_label = [(of, c["loss"]) for of in found["regimes"].values() for c in of["contrasts"] if c["label"] == label]
+    points = sorted((max(of["passes"]), *loss["interval"], loss) for of, loss in of_label if loss["interval"])
+    colour, places = COLOURS[number % len(COLOURS)], [max(often, 1) * 1.06**number for often, *_ in points]
+    axes.plot(places, [loss["mean"] for *_, loss in points], color=colour, linewidth=0.8, alpha=0.5, label=name)
+    for place, (_, low, high, loss) in zip(places, points, strict=True):
+        mark = colour if loss["verdict"] in SHOWN else "white"
+        axes.errorbar(
+            place, loss["mean"], (high - low) / 2, marker="o", markersize=4, linewidth=1.2, capsize=2, color=colour,
+            markerfacecolor=mark,
+        )  # fmt: skip
 
 
 def costs_figure(found: Mapping[str, Any]) -> Any:
