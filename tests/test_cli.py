@@ -104,6 +104,8 @@ def test_answers_that_need_no_torch_import_none(arguments):
     [
         (["--set", "data.train=[nothere.txt]"], "source nothere.txt: no such file, folder or glob"),
         (["--set", "data.validation=[nothere.txt]"], "source nothere.txt: no such file, folder or glob"),
+        (["--set", "data.train=[]"], "data.train: no text is named"),
+        (["--set", "data.validation=[]"], "data.validation: no text is named"),
         (["--out", "a-file"], "a-file exists and is no run folder"),
         (["--out", "foreign"], "foreign exists and is no run folder"),
         (["--out", "foreign", "--resume"], "foreign exists and is no run folder"),

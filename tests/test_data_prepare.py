@@ -215,8 +215,9 @@ def test_bad_settings(options, message, source, vocabulary, tmp_path):
 
 def test_no_text_leaves_no_folder(vocabulary, tmp_path):
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(UserError, match="no text found"):
-        prepare([str(tmp_path / "a.txt")], vocabulary, tmp_path / "out")
+    for tokenizer in (vocabulary, "train:wordpiece:300", "train:bpe:300"):
+        with pytest.raises(UserError, match="no text found"):
+            prepare([str(tmp_path / "a.txt")], tokenizer, tmp_path / "out")
     (tmp_path / "b.txt").write_text("the cat")
     with pytest.raises(UserError, match="fell into that part"):
         prepare([str(tmp_path / "b.txt")], vocabulary, tmp_path / "out", held_out=1e-9)

@@ -1,6 +1,7 @@
 """Exports: what stands in the folder is what the run made, and what is said of it was measured."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from importlib.util import find_spec
@@ -268,6 +269,24 @@ def fake_hub(monkeypatch, raises: Exception | None = None) -> list:
     hub = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     return asked
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run: (run / "members" / "small" / "model.safetensors").unlink(), "model.safetensors cannot be read"),
+        (lambda run: os.truncate(run / "members" / "small" / "model.safetensors", 1000), "safetensors cannot be read"),
+        (lambda run: (run / "results.json").unlink(), "no results.json that tells of 'small'; `codistill train"),
+        (lambda run: (run / "results.json").write_text("{"), "no results.json that tells of 'small'"),
+        (lambda run: (run / "results.json").write_text("{}"), "no results.json that tells of 'small'"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_refused(spoil, message, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    spoil(tmp_path / "run")
+    with pytest.raises(UserError, match=message):
+        export_member(tmp_path / "run", "small", format="hf", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_goes_to_the_hub_on_request_only(finished, tmp_path, monkeypatch, capsys):

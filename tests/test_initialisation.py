@@ -99,8 +99,9 @@ def test_a_member_grows_from_no_weight_that_is_not_finite(way, text, teacher, tm
 def test_an_initialisation_that_cannot_be_had_is_refused(text, teacher, tmp_path):
     run = to_dict(small_run("standalone", text, "data.tokenizer=null"))
     for init, message in (
-        (f"{{from: {teacher}, depth: stakc}}", "stakc"),
-        (f"{{from: {tmp_path / 'none'}}}", "none"),
+        (f"{{from: {teacher}, depth: stakc}}", "^members.large.init: depth: 'stakc' is no method"),
+        (f"{{from: {tmp_path / 'none'}}}", "^members.large.init.from: .*none: no such file"),
+        ("{from: nowhere}", "^members.large.init.from: nowhere: no such file"),
         (f"{{from: {teacher}, depth: 3}}", "init.depth: 3 came in where text is wanted"),
     ):
         with pytest.raises(UserError, match=message):

@@ -110,6 +110,7 @@ def test_any_float_survives_yaml(value):
             r"^members\.a\.model\.heads: modernbert turns pairs of numbers, and 2 heads .* are 15 wide",
         ),
         ({"members": {"a": {"twin_of": "b"}}}, r"^members\.a\.twin_of: there is no member 'b'"),
+        ({"members": {"a": {"model": {}, "twin_of": "a"}}}, r"^members\.a\.twin_of: 'a' cannot be its own twin"),
         ({"members": {"a": {"model": {}, "lr": -1}}}, r"^members\.a\.lr: -1 is no schedule"),
         ({"distillation": [{"teacher": "large"}]}, r"^distillation\.0\.student: missing; every distillation needs one"),
         (
@@ -173,7 +174,7 @@ def test_an_edge_to_a_frozen_student_is_refused():
         ("distillation.5.weight=1", "'5' is no index of a list of 2"),
         ("steps.more=1", "single value"),
         ("data.train=[", "is not YAML"),
-        ("members={a: 1, a: 2}", "the key 'a' stands twice"),
+        ("members={a: 1, a: 2}", "^--set members: the key 'a' stands twice"),
         ("distillation.0.weight={{linear: [4, 1]}}", "is neither a name nor a number.*mind the braces"),
         ("steps=2020-99-99", "is not YAML"),
         ("steps=!!int abc", "is not YAML"),

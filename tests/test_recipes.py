@@ -103,6 +103,7 @@ def test_the_mixed_shares_add_to_one():
     ("name", "message"),
     [
         ("ctdc", r"no recipe or file 'ctdc' \(did you mean ctcd\?\)"),
+        ("ctcd:", "recipe 'ctcd' has no size ''; there are tiny"),
         ("ctcd:huge", r"recipe 'ctcd' has no size 'huge'; there are tiny, small, paper"),
     ],
 )

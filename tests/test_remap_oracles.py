@@ -1,5 +1,7 @@
 """Each method against its paper's equation, written out with explicit matrices and loops."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -254,6 +256,13 @@ BAD = [
     (BERT, ("bert", 2, 16, 4, 12), {"width": "wide"}, r"'wide' is no method; choose replicate"),
     (BERT, ("bert", 2, 16, 1, 12), {"width": "tile"}, r"must all grow or all shrink.*2 heads of 4.*1 heads of 16"),
     (BERT, ("bert", 2, 16, 4, 12), {"width": "zero", "noise": 0.1}, r"noise goes with width replicate or tile"),
+    (
+        BERT,
+        ("bert", 2, 16, 4, 12),
+        {"width": "tile", "noise": -1.0},
+        r"noise: -1.0; wanted a finite number of at least",
+    ),
+    (BERT, ("bert", 2, 16, 4, 12), {"width": "tile", "noise": math.nan}, r"noise: nan; wanted a finite number"),
     (BERT, ("roberta", 2, 8, 2, 12), {}, r"a bert cannot become a roberta"),
     (("llama", 2, 8, 2, 12), ("llama", 2, 12, 2, 12), {"width": "zero"}, r"heads of 4 and of 6 units.*whole multiple"),
 ]
@@ -273,6 +282,8 @@ def test_shapes_that_cannot_map(before, after, methods, message):
         ({"max_position_embeddings": 21}, r"20 positions and the target 21"),
         ({"hidden_act": "relu"}, r"hidden_act is 'gelu' in the source and 'relu' in the target"),
         ({"num_attention_heads": 3}, r"3 heads .* do not divide width 8"),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0; wanted at least 1"),
+        ({"num_hidden_layers": -1}, r"num_hidden_layers is -1; wanted at least 1"),
     ],
 )
 def test_configurations_that_do_not_agree(change, message):

@@ -22,7 +22,7 @@ from codistill.edges import Distillation
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.families.supported import check_documents, check_objective
-from codistill.initial import initialise, new_member
+from codistill.initial import initialise, new_member, read_source
 from codistill.machine import best_precision, compile_layers, why_not_compile
 from codistill.member import Member
 from codistill.models import Predictor, check_documents_apart, load_model, load_own_tokenizer, train_all_tokens
@@ -64,6 +64,8 @@ def _materials(run: Run, device: torch.device, ranks: Ranks) -> tuple[dict[str, 
     for name, member in run.members.items():
         if member.model is not None:
             check_objective(member.model.family, wanted, f"members.{name}.model.family")
+        if member.init is not None:
+            read_source(member.init, f"members.{name}")  # before its tokenizer is looked for
     loaded = {
         name: load_model(
             member.path, f"members.{name}.path", objective=wanted, trust_remote_code=member.trust_remote_code

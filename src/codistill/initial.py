@@ -50,7 +50,7 @@ def new_member(
 
 def _from_source(model: ModelConfig, init: InitConfig, field: str, vocabulary: int, length: int) -> PreTrainedConfig:
     """The configuration of a member that starts from `init`."""
-    source = read_config(Path(init.from_))
+    source = read_source(init, field)
     said = f"{field}.init.from: {init.from_!r}"
     check_full_precision(source, init.from_, f"{field}.init.from")
     if source.model_type != model.family:
@@ -75,6 +75,14 @@ def _from_source(model: ModelConfig, init: InitConfig, field: str, vocabulary: i
         raise UserError(f"{field}.init: {error}") from None
     _make_room(config, said, length)
     return config
+
+
+def read_source(init: InitConfig, field: str) -> PreTrainedConfig:
+    """The configuration of what a member starts from; UserError, naming the member's `field`, where there is none."""
+    try:
+        return read_config(Path(init.from_))
+    except UserError as error:
+        raise UserError(f"{field}.init.from: {error}") from None
 
 
 def _as_wide(model: ModelConfig, source: PreTrainedConfig) -> ModelConfig:
@@ -106,7 +114,10 @@ def initialise(model: PreTrainedModel, run: Run, name: str, batches: Batches) ->
     source = Path(init.from_)
     seed = seed_of(run.seed, "remapping", run.seed_name(name))
     if init.learned is None:
-        state = initial_state(source, model.config, depth=init.depth, width=init.width, seed=seed, noise=init.noise)
+        try:
+            state = initial_state(source, model.config, depth=init.depth, width=init.width, seed=seed, noise=init.noise)
+        except UserError as error:
+            raise UserError(f"members.{name}.init: {error}") from None
     else:
         state = learn_growth(
             load_model(init.from_, f"members.{name}.init.from").state_dict(),

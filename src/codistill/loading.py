@@ -49,6 +49,8 @@ def parse_yaml(text: str, source: str) -> Any:
     """The value that `text` spells; raises UserError naming `source` where it is no YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:  # PyYAML lets the latter through
         raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from None
 
@@ -194,7 +196,11 @@ def _with_twins(members: Any) -> Any:
         original = member.get("twin_of") if isinstance(member, Mapping) else None
         if original is None:
             continue
-        if not isinstance(original, str) or original == name or not isinstance(members.get(original), Mapping):
+        if original == name:
+            raise UserError(
+                f"members.{name}.twin_of: {name!r} cannot be its own twin; name another member, or leave it out"
+            )
+        if not isinstance(original, str) or not isinstance(members.get(original), Mapping):
             raise UserError(f"members.{name}.twin_of: there is no member {original!r}; there are {', '.join(members)}")
         if members[original].get("twin_of") is not None:
             raise UserError(f"members.{name}.twin_of: {original!r} is a twin itself; name the member that both repeat")

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +13,7 @@ from codistill.config import Data, Run
 from codistill.data.batches import Batches, held_out
 from codistill.data.corpus import Corpus
 from codistill.data.prepare import cached
+from codistill.data.sources import check_named
 from codistill.data.tokenizers import Vocabulary, load_tokenizer, separator_of
 from codistill.distributed import Ranks
 from codistill.errors import UserError
@@ -30,7 +31,8 @@ def corpora(
 ) -> tuple[Corpus, Corpus]:
     """What is trained on and what is scored on; UserError for what cannot be had. `check` sees the tokenizer before any
     text is prepared with it, or as soon as it has been trained."""
-    _check_sources(run)
+    for part in get_args(Part):
+        check_named(getattr(run.data, part), part)
     spec = tokenizer_spec(run)
     is_new = spec.startswith("train:")
     if not is_new:
@@ -121,15 +123,6 @@ def _prepared(run: Run, part: Part, tokenizer: str | PreTrainedTokenizerFast, ra
         return corpus_of(run.data, part, tokenizer)
     with preparing(f"preparing data.{part}") as progress:
         return corpus_of(run.data, part, tokenizer, progress)
-
-
-def _check_sources(run: Run) -> None:
-    for split in ("train", "validation"):
-        if not getattr(run.data, split):
-            raise UserError(
-                f"data.{split}: no text is named; give .txt, .jsonl or .parquet files, folders or globs, as in "
-                f"--set data.{split}=[corpus/*.parquet]"
-            )
 
 
 def _warn_of_seen_text(train: Corpus, validation: Corpus) -> None:

@@ -126,16 +126,16 @@ def _default_folder(source: str) -> Path:
 def _check_places(run: Run, folder: Path, *, resume: bool, fresh: bool) -> None:
     """What can be refused at once: a folder that the run may not have, and text that is not there."""
     from codistill.claim import check_folder, check_free
-    from codistill.data.sources import check_sources
+    from codistill.data.sources import check_named, check_sources
 
     if "WORLD_SIZE" in os.environ:  # processes that torchrun starts anew go on with what they find
         return
     # What has changed since the run was made is asked later: some settings are the device's to say.
     check_folder(run, folder, resume=resume, fresh=fresh, accept_changes=True)
     check_free(folder)
-    for names in (run.data.train, run.data.validation):
-        if names:
-            check_sources(names)
+    for part, names in (("train", run.data.train), ("validation", run.data.validation)):
+        check_named(names, part)
+        check_sources(names)
 
 
 def _train(run: Run, folder: Path, **options: Any) -> None:

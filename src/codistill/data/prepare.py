@@ -221,6 +221,8 @@ def _tokenizer_of(job: Job, work: Path) -> PreTrainedTokenizerFast:
     kept = work / "tokenizer"
     if not (kept / "done").is_file():
         tokenizer = job.trained_tokenizer()
+        if len(tokenizer) == len(tokenizer.all_special_ids):  # of no text WordPiece learns nothing
+            raise UserError(_no_text(job, "text"))
         with writing(kept):
             tokenizer.save_pretrained(kept)
         write_atomically(kept / "done", b"")

@@ -62,6 +62,15 @@ def check_sources(names: Sequence[str]) -> None:
         find_sources(names)
 
 
+def check_named(names: Sequence[str], part: str) -> None:
+    """UserError where a run names no text for this `part` of its data."""
+    if not names:
+        raise UserError(
+            f"data.{part}: no text is named; give .txt, .jsonl or .parquet files, folders or globs, as in "
+            f"--set data.{part}=[corpus/*.parquet]"
+        )
+
+
 def fingerprint(source: Source, memory: Path | None = None) -> str:
     """SHA-256 of the content. For built-in text of what determines it, and for a hub data set of its name, for it
     cannot be read twice. `memory`: a folder that keeps the hashes of files by path, size and time of change.

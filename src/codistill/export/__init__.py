@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import SafetensorError, safe_open
+
 from codistill.data.saved_tokenizer import tokenizer_to_save
 from codistill.data.tokenizers import load_tokenizer
 from codistill.errors import MachineError, UserError, one_line
@@ -35,11 +37,12 @@ def export_member(folder: Path, member: str, *, format: Format, out: Path, push:
         raise UserError(f"--out: {out} exists; give a folder that does not")
     if format != "hf":
         _check_installed()
+    card = _card(folder, member)  # before anything is made: it asks for the run's results
     with atomic_folder(out) as fresh:
         facts = {"format": format, "member": member, **_WRITE[format](folder, source, fresh)}
         _open_prompts(folder, fresh)
         (fresh / "export.json").write_text(to_json(facts, indent=1) + "\n")
-        (fresh / "README.md").write_text(_card(folder, member) + _section(facts))
+        (fresh / "README.md").write_text(card + _section(facts))
     if push:
         _upload(out, push)
     return facts
@@ -52,7 +55,15 @@ def _open_prompts(folder: Path, fresh: Path) -> None:
 
 
 def _card(folder: Path, member: str) -> str:
-    results = json.loads((folder / "results.json").read_text())
+    """The model card; UserError where the run's results do not tell of the member."""
+    try:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        results["members"][member]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f"{folder}: no results.json that tells of {member!r}; `codistill train {folder / 'run.yaml'} --resume` "
+            "ends the run and writes it"
+        ) from None
     return model_card(load(read_run(folder / "run.yaml")), results, member)
 
 
@@ -80,6 +91,13 @@ def _upload(folder: Path, repository: str) -> None:
 
 
 def _write_hf(folder: Path, source: Path, fresh: Path) -> dict[str, Any]:
+    for weights in [*source.glob("*.safetensors")] or [source / "model.safetensors"]:
+        try:
+            with safe_open(weights, framework="pt"):  # a copy would not notice that it is cut short
+                continue
+        except (SafetensorError, OSError) as error:
+            again = f"`codistill train {folder / 'run.yaml'} --resume` writes it again"
+            raise UserError(f"{weights} cannot be read: {one_line(error)}; {again}") from None
     shutil.copytree(source, fresh, dirs_exist_ok=True)
     return {"bytes": sum(file.stat().st_size for file in fresh.glob("*.safetensors"))}
 

@@ -39,12 +39,12 @@ RECIPES: Mapping[str, Recipe] = {**_MASKED, **_CAUSAL}
 
 def find(name: str) -> Run:
     """The `Run` of `RECIPE` or `RECIPE:SIZE` (tiny where no size is given); raises UserError with the nearest name."""
-    recipe, _, size = name.partition(":")
+    recipe, colon, size = name.partition(":")
     if recipe not in RECIPES:
         hint = did_you_mean(recipe, RECIPES)
         raise UserError(f"there is no recipe or file {name!r}{hint}; `codistill recipes` lists the recipes")
     sizes = CAUSAL_SIZES if recipe in _CAUSAL else SIZES
-    if size and size not in sizes:
+    if colon and size not in sizes:
         raise UserError(f"recipe {recipe!r} has no size {size!r}; there are {', '.join(sizes)}")
     return replace(RECIPES[recipe](sizes[size or "tiny"]), recipe=f"{recipe}:{size or 'tiny'}")
 

@@ -137,7 +137,11 @@ def tied(config: Any) -> bool:
 
 
 def shape_of(config: Any) -> Shape:
-    """The sizes that a Hugging Face configuration spells. Raises `UserError` if the heads do not divide the width."""
+    """The sizes that a Hugging Face configuration spells. Raises `UserError` if the heads do not divide the width, and
+    for a size below 1, which transformers lets through."""
+    for field in ("num_hidden_layers", "hidden_size", "num_attention_heads"):
+        if (size := getattr(config, field)) < 1:
+            raise UserError(f"{config.model_type}: {field} is {size}; wanted at least 1")
     width, heads = config.hidden_size, config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if width % heads or heads % kv_heads:

@@ -1,5 +1,6 @@
 """States of one shape to states of another: depth, then width, tensor by tensor."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -61,9 +62,11 @@ def remapped(
     """Each tensor of the target by name, made when asked for; a tensor may share memory with what `fetch` gave."""
     architecture = check_pair(source, target)
     maps = width_maps(width, source, target, seed)
+    if not 0 <= noise < math.inf:
+        raise UserError(f"noise: {noise}; wanted a finite number of at least 0")
     plans = plan_layers(depth, source.num_hidden_layers, target.num_hidden_layers)
     if noise and width not in ("replicate", "tile"):
-        raise UserError(f"noise: {width!r} does not split anything: noise goes with width replicate or tile")
+        raise UserError(f"noise: {noise} with width {width}; noise goes with width replicate or tile")
 
     def finished(name: str, role: Role, tensor: Tensor, following: Tensor | None = None) -> tuple[str, Tensor]:
         moved = carried(tensor, role, maps)
