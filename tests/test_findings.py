@@ -92,8 +92,9 @@ def in_readme(kind: tuple[str, str] | None, regime: str) -> str:
     return f"{f'**{mean}**' if shown else mean} [{low}, {high}]"
 
 
-def test_the_table_in_the_readme_is_what_the_studies_say():
-    page = (STUDIES.parent / "README.md").read_text()
+@pytest.mark.parametrize("place", ["README.md", "docs/studies.md"])
+def test_the_table_of_what_was_found_is_what_the_studies_say(place):
+    page = (STUDIES.parent / place).read_text()
     for row, of in IN_README.items():
         assert f"| {row} | {' | '.join(in_readme(of.get(kind), regime) for kind, regime in REGIMES)} |" in page
 

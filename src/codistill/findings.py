@@ -56,7 +56,7 @@ CAUSAL_SMALL_OF_A_PAIR = f"the smaller one of a causal pair that teaches both wa
 FINDINGS: Mapping[str, tuple[Finding, ...]] = {
     WEAK_TEACHER: (
         Finding("dwt-soft-weight", 1, -0.079, -0.139, -0.018, seeds=5),
-        Finding("when-it-pays", 5, -0.095, -0.148, -0.042, seeds=3),
+        Finding("when-it-pays", 5, -0.097, -0.117, -0.077, seeds=5),
         Finding("dwt-soft-weight", 20, -0.131, -0.154, -0.109, seeds=5),
     ),
     TOO_WEAK_TEACHER: (
@@ -65,12 +65,12 @@ FINDINGS: Mapping[str, tuple[Finding, ...]] = {
     ),
     LARGE_OF_A_PAIR: (
         Finding("ctcd", 1, 0.056, 0.015, 0.096, seeds=5),
-        Finding("when-it-pays", 5, 0.01, -0.034, 0.055, seeds=3),
+        Finding("when-it-pays", 5, 0.027, -0.008, 0.062, seeds=5),
         Finding("ctcd", 20, -0.005, -0.02, 0.011, seeds=5),
     ),
     SMALL_OF_A_PAIR: (
         Finding("ctcd", 1, -0.088, -0.136, -0.039, seeds=5),
-        Finding("when-it-pays", 5, -0.041, -0.162, 0.079, seeds=3),
+        Finding("when-it-pays", 5, -0.049, -0.095, -0.004, seeds=5),
         Finding("ctcd", 20, -0.031, -0.082, 0.019, seeds=5),
     ),
     CAUSAL_WEAK_TEACHER: (

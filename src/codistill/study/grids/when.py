@@ -1,5 +1,6 @@
 """When it pays: the gain of distilling from a weak teacher and from a peer over passes and soft weight."""
 
+from codistill.evaluate.compare import SEEDS_FOR_A_HEADLINE
 from codistill.study.arms import Arm
 from codistill.study.design import Contrast, Setting, Study, settings
 from codistill.study.grids.ctcd import alone, both_ways
@@ -38,6 +39,7 @@ WHEN_IT_PAYS = Study(
         for role in roles
         for weight in _WEIGHTS
     ],
+    seeds=SEEDS_FOR_A_HEADLINE,
     over_passes=True,
     along=True,
     curves=["alone-large/large", "dwt-weak/large", "both/large", "alone-small/small", "both/small"],
