@@ -270,6 +270,30 @@ def test_numbers_refuse_an_edge_between_distributions():
         )
 
 
+def test_the_loss_of_numbers_is_its_equation_with_all_weights_and_gradients():
+    from codistill.kernels import Edge, linear_cohort_regression
+
+    torch.manual_seed(0)
+    hidden = {"a": torch.randn(5, 3, requires_grad=True), "b": torch.randn(5, 4, requires_grad=True)}
+    weight = {name: torch.randn(1, x.shape[1], requires_grad=True) for name, x in hidden.items()}
+    bias = {"a": torch.randn(1, requires_grad=True), "b": None}
+    labels, rows = torch.randn(5), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])
+    edges = [Edge("a", "b", 3.0, divergence="squared_error"), Edge("b", "a", 0.25, divergence="squared_error")]
+    given = {"hard_weight": {"a": 2.0, "b": 0.5}, "edges": edges, "row_weight": rows}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cohort_regression(hidden, weight, bias, labels, **given)
+        part = linear_cohort_regression(hidden, weight, bias, labels, denominator=torch.tensor(9.0), **given)
+    a = (hidden["a"] * weight["a"]).sum(1) + bias["a"]
+    b = (hidden["b"] * weight["b"]).sum(1)
+    mean = lambda errors: (rows * errors.square()).sum() / rows.sum()  # noqa: E731
+    hard, soft = {"a": mean(a - labels), "b": mean(b - labels)}, (mean(b - a.detach()), mean(a - b.detach()))
+    total = 2.0 * hard["a"] + 0.5 * hard["b"] + 3.0 * soft[0] + 0.25 * soft[1]
+    torch.testing.assert_close([loss.total, loss.hard, loss.soft], [total, hard, soft])
+    torch.testing.assert_close(part.total, total * rows.sum() / 9)
+    learned = [*hidden.values(), *weight.values(), bias["a"]]
+    torch.testing.assert_close(torch.autograd.grad(loss.total, learned), torch.autograd.grad(total, learned))
+
+
 # ---- whole evaluations -------------------------------------------------------------------------
 
 

@@ -332,6 +332,17 @@ def test_a_projection_decays_as_its_students_matrices_do(decay):
     torch.testing.assert_close(projection.weight.detach(), before * (1 - 0.1 * decay))
 
 
+def test_of_several_optimizers_the_last_trains_a_projection_as_its_first_group():
+    def optimizers(parameters, lr: float):
+        one, two, *rest = parameters
+        return SGD([one], lr=0.5), SGD([{"params": [two], "lr": 0.25}, {"params": rest, "lr": 0.125}], lr=lr)
+
+    student = pair([HIDDEN], optimizer=optimizers).members["small"]
+    held = [[group["lr"] for group in optimizer.param_groups] for optimizer in student.optimizers]
+    assert held == [[0.5], [0.25, 0.125, 0.25]]
+    assert_same_bits(student.optimizers[1].param_groups[-1]["params"], list(student.projections.parameters()))
+
+
 def adamw_of(parameters, lr: float, decay: float):
     """As `codistill.build.adamw` has it: decay is a group's, and the optimizer's default another."""
     parameters = list(parameters)
