@@ -108,6 +108,15 @@ def test_an_epochs_end_inside_a_batch_and_new_masks_in_the_next(corpus):
     assert all(rows[0] != rows[1] for rows in repeated)
 
 
+@pytest.mark.parametrize(("words", "rows"), [(28, 1), (29, 2), (30, 2), (44, 3)])
+def test_a_row_is_as_many_tokens_as_fit_and_the_last_counts_too(tmp_path, vocabulary, words, rows):
+    """A row has a start token and 15 of the text, in which a separator follows the words."""
+    made = corpus_of(tmp_path, ["cat " * words], vocabulary)
+    (shown,) = held_out(made, MaskedLM(0.3), length=LENGTH, sequences=9)
+    assert shown.inputs["input_ids"].shape == (rows, LENGTH)
+    assert batches(made, sequences=1).num_rows == rows
+
+
 def test_a_new_process_goes_on_the_same(corpus):
     before = batches(corpus)
     for step in range(7):

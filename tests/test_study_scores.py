@@ -123,6 +123,14 @@ def test_a_score_that_is_no_number_is_empty_and_says_why(tmp_path):
     assert analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["rows"]["taught/large"]["glue"]["mean"] is None
 
 
+def test_the_scores_of_a_member_are_not_those_of_one_whose_name_goes_on(tmp_path):
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    told = {"task": "glue/rte", "failed": "", "counted": {"partial": {}}}
+    cells = [{"model": f"run/{name}", "score": score, **told} for name, score in (("one", 0.75), ("one-b", 0.5))]
+    (tmp_path / "run" / "scores" / "results.json").write_text(json_with_nan({"cells": cells}))
+    assert _glue(tmp_path / "run", "one") == {"rte": {"score": 0.75, "partial": {}}}
+
+
 def test_a_score_that_failed_is_an_answer_and_scores_are_not_lost():
     """What was asked and failed is not asked again; what is asked later stands beside what is known."""
     failed = graded("alone", 0, 0.0, rte={"failed": "no rte"})
