@@ -33,6 +33,22 @@ def test_memory_is_within_15_percent_of_what_is_then_counted(recipe, settings):
     assert planned == pytest.approx(counted, rel=0.15)
 
 
+def test_a_frozen_member_takes_room_for_its_parameters_and_none_to_learn():
+    run = load(override(to_dict(find("kd:tiny")), ["members.teacher.path=somewhere"]))
+    config = ModelConfig(family="bert", layers=1, width=32, heads=2)
+    models = {n: new_model(config, vocabulary=500, length=64, tokenizer=None, seed=0, name=n) for n in run.members}
+    size = sum(parameter.numel() for parameter in models["teacher"].parameters())
+    assert [name for name in models if not run.members[name].frozen] == ["small"]
+    memory = memory_of(run, models, 500, torch.float32, "cpu")
+    assert memory["parameters"] == 2 * 4 * size
+    assert memory["gradients"] == 4 * size
+    assert memory["optimizer states"] == 8 * size
+    assert memory["gradients of output layers"] == 4 * 500 * 32
+    shape = {"sequences": run.batch.sequences, "length": run.data.length, "rows": run.rows_per_step}
+    cost = forward_cost(models["small"], vocabulary=500, precision=torch.float32, **shape)
+    assert memory["activations"] == cost.saved_bytes
+
+
 def test_on_a_cpu_no_copy_of_the_output_embedding_is_planned():
     run = load(override(to_dict(find("ctcd:tiny")), ["members.small.model.width=64"]))
     models = {name: model_of(run, name, 5000) for name in run.members}

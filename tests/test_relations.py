@@ -225,6 +225,9 @@ def test_projections_belong_to_seed_and_members_and_only_where_widths_differ():
     assert_same_bits(list(one.parameters()), list(other.parameters()))
     assert not torch.equal(one["large-1-1"].weight, one["large-3-2"].weight)
     assert not pair([HIDDEN], width=32).members["small"].projections
+    wider = pair([HIDDEN], width=48)
+    assert {tuple(p.shape) for p in wider.members["small"].projections.parameters()} == {(32, 48)}
+    assert wider.step(0, batch(1))["small/hidden_from_large"] > 0
     assert not pair([RELATION]).members["small"].projections
 
 
