@@ -313,6 +313,24 @@ def test_many_differences_are_corrected_for_their_number():
     assert page.count("| lower, by Holm too |") == 1
 
 
+def test_differences_of_all_regimes_are_corrected_together():
+    """The probabilities of above, each in a regime of its own."""
+    taught = {"one": (4.0, 4.1, 4.05), "two": (4.87, 4.8, 4.73), "three": (5.0, 5.2, 4.9)}
+
+    def found(regimes):
+        cells = [
+            made_up(arm, seed, loss) | {"regime": regime}
+            for regime in regimes
+            for arm, losses in (("taught", taught[regime]), ("alone", (5.0,) * 3))
+            for seed, loss in enumerate(losses)
+        ]
+        made = analysis(STUDY, "toy", 2 * 3 * len(regimes), cells)["regimes"]
+        return [made[regime]["contrasts"][0]["holm"] for regime in regimes]
+
+    assert found(["one", "two"]) == [True, True]
+    assert found(["one", "two", "three"]) == [True, False, False]
+
+
 def test_an_interval_around_zero_shows_nothing_and_a_single_run_is_called_one():
     by = {
         "taught/large": {0: made_up("t", 0, 5.0)["members"]["large"], 1: made_up("t", 1, 5.3)["members"]["large"]},

@@ -18,7 +18,7 @@ from codistill.study.harvest import _glue
 from codistill.study.page import study_blocks
 from codistill.study.run import Request, missing_cells, run_study
 from codistill.study.scoring import GLUE, found_in, is_scored, with_scores
-from studies import SCALE, STUDY, arms, data_folder, made_up
+from studies import SCALE, SIZE, STUDY, arms, data_folder, made_up
 
 TASKS = ("blimp", "glue/rte", "glue/sst2")
 PAIRS = [("the boat sails", "the boat sail"), ("they sail", "they sails"), ("a boat", "an boat"), ("we go", "we goes")]
@@ -66,6 +66,12 @@ def test_the_scores_of_a_cell_are_those_of_codistill_evaluate(finished, data, tm
     assert teacher["members"]["teacher"]["glue"]["sst2"]["score"] == score["glue/sst2"]
     assert set(pair["members"]["small"]["glue"]) == {"sst2"}
     assert 0 <= pair["agreement"] <= 1
+    steps, tokens = teacher["steps"], teacher["tokens"]
+    assert tokens == steps * SIZE.batch.sequences * SIZE.data.length
+    curve = teacher["members"]["teacher"]["curve"]
+    looks = sorted({*range(SIZE.evaluate.every, steps, SIZE.evaluate.every), steps})
+    assert [at for at, _ in curve] == [look * tokens // steps for look in looks]
+    assert curve[-1][1] == teacher["members"]["teacher"]["loss"]
 
 
 def test_a_cell_that_lacks_a_score_is_missing_once_there_are_examples(finished, data):
