@@ -144,6 +144,7 @@ def test_no_pairs_at_all(tmp_path):
 def test_held_out_text_scores_as_in_training(folder, text, tmp_path):
     from codistill.data.batches import held_out
     from codistill.data.prepare import cached
+    from codistill.data.tokenizers import tokenizer_hash
     from codistill.objectives import MaskedLM
     from codistill.scores import held_out as score
 
@@ -155,6 +156,8 @@ def test_held_out_text_scores_as_in_training(folder, text, tmp_path):
     assert cell["score"] == pytest.approx(wanted.loss, rel=1e-2)  # which bfloat16 is allowed
     assert cell["scores"]["perplexity"] == pytest.approx(np.exp(cell["score"]))
     assert cell["counted"]["rows"] == wanted.rows
+    how = {"tokens_a_row": 32, "objective": "mlm", "tokenizer": tokenizer_hash(subject.tokenizer), "column": "text"}
+    assert cell["counted"]["scored_as"] == how
 
 
 def test_every_predicted_token_counts_alike_whatever_source_it_is_of():
