@@ -189,6 +189,20 @@ def test_padded_rows_are_one_unit_each(other):
     assert not (batch.labels_N[batch.row_weight_N == 1] == PAD).any()
 
 
+def test_units_and_documents_end_where_they_end_in_a_shard_of_many_blocks(tmp_path, vocabulary, monkeypatch):
+    monkeypatch.setattr(encode, "BLOCK_CHARACTERS", 300)
+    texts = [text for text in documents(12) if text.strip()]
+    made = corpus_of(tmp_path, texts, vocabulary, unit="sentence")
+    assert sum(map(len, texts)) > 10 * 300
+    ((tokens,), (units,)) = made.shards, made.unit_ends
+    assert units.tolist() == (np.flatnonzero(tokens == SEP) + 1).tolist()
+    (ends,) = made.document_ends
+    assert len(ends) == len(texts)
+    tokenizer = made.tokenizer()
+    for text, tokens in zip(texts, np.split(tokens, ends[:-1]), strict=True):
+        assert tokens[tokens != SEP].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_attention_within_documents():
     ids = np.array([[CLS, 9, SEP, 8, 7, SEP, 6, 5]])
     number = [0, 0, 0, 1, 1, 1, 2, 2]
