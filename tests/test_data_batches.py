@@ -199,8 +199,8 @@ def test_units_and_documents_end_where_they_end_in_a_shard_of_many_blocks(tmp_pa
     (ends,) = made.document_ends
     assert len(ends) == len(texts)
     tokenizer = made.tokenizer()
-    for text, tokens in zip(texts, np.split(tokens, ends[:-1]), strict=True):
-        assert tokens[tokens != SEP].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+    for text, part in zip(texts, np.split(tokens, ends[:-1]), strict=True):
+        assert part[part != SEP].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_attention_within_documents():
