@@ -1,5 +1,8 @@
 """What a run will take, against what PyTorch then counts."""
 
+import json
+from unittest import mock
+
 import pytest
 import torch
 
@@ -97,6 +100,20 @@ def test_a_plan_says_what_the_run_then_says(text, teacher, tmp_path):
     assert found.flops["large"]["teachers"] == found.flops["weak"]["own"] > 0
     assert found.flops["large"]["own"] > found.flops["weak"]["own"]
     assert found.seconds is not None
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(None, 80), (40 * 32, 40), (10**9, 80)])
+def test_a_text_is_seen_as_often_as_its_tokens_or_fewer_that_are_used_last(budget, rows, tmp_path):
+    """Of 80 · 32 tokens, whatever is allowed beyond these."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 80 * 32, "units": 5}))
+    sets = ["steps=20", "batch={sequences: 8, accumulate: 1}", "data.length=32", f"data.tokens={json.dumps(budget)}"]
+    run = load(override(to_dict(find("standalone:tiny")), [*sets, f"data.train=[{tmp_path}]"]))
+    with mock.patch.object(
+        planning, "read_manifest", lambda folder: json.loads((folder / "manifest.json").read_text())
+    ):
+        assert planning._passes(run, 20 * 8 * 32) == 20 * 8 / rows
+        padded = load(override(to_dict(run), ["data.packing=padded", "data.tokens=null"]))
+        assert planning._passes(padded, 20 * 8 * 32) == 20 * 8 / 5
 
 
 def test_what_does_not_fit_is_named_with_what_to_lower(text, monkeypatch):

@@ -175,6 +175,13 @@ def test_members_that_are_alike_are_trained_once():
     assert load(to_dict(run)) == run
 
 
+def test_a_member_is_seeded_by_its_role_or_as_it_says():
+    (pair,) = (arm for arm in arms(SCALE, 0) if arm.name == "pair")
+    members = {**pair.run.members, "small": replace(pair.run.members["small"], seeded_as="weak")}
+    run = merged([replace(pair, run=replace(pair.run, members=members))], TEXT, {})
+    assert {name: m.seeded_as for name, m in run.members.items()} == {"pair--large": "large", "pair--small": "weak"}
+
+
 def test_what_is_needed_comes_before_and_cohorts_are_small():
     for study in STUDIES.values():
         every = study.arms(SCALES["tiny"], 0) + study.arms(SCALES["tiny"], 1)
