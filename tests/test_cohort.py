@@ -266,6 +266,21 @@ def test_each_member_has_its_own_learning_rate_schedule():
         assert_same_bits(before[1], parameters(cohort, "small"))
 
 
+def test_the_weight_of_the_labels_may_follow_the_step():
+    """Without edges a gradient is as large as that weight."""
+    cohort = Cohort([member("lone", dropout=0.0)])
+    cohort.members["lone"].hard_weight = build({"linear": [2.0, 0.0]}, 8)
+    found = {}
+    for step in (0, 4, 6):
+        cohort.gradients(step, [batch(1)])
+        found[step] = [parameter.grad.clone() for parameter in cohort.members["lone"].parameters]
+        cohort.members["lone"].optimizer.zero_grad()
+    for twice, once, half in zip(*found.values(), strict=True):
+        torch.testing.assert_close(twice, 2 * once)
+        torch.testing.assert_close(half, once / 2)
+    assert any(gradient.any() for gradient in found[0])
+
+
 def test_bfloat16_keeps_parameters_and_losses_in_float32():
     cohort = Cohort([member("large", 2), member("small")], BOTH_WAYS, precision=torch.bfloat16)
     metrics = cohort.step(0, [batch(1)])

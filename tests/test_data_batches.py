@@ -108,6 +108,15 @@ def test_an_epochs_end_inside_a_batch_and_new_masks_in_the_next(corpus):
     assert all(rows[0] != rows[1] for rows in repeated)
 
 
+@pytest.mark.parametrize(("words", "rows"), [(28, 1), (29, 2), (30, 2), (44, 3)])
+def test_a_row_is_as_many_tokens_as_fit_and_the_last_counts_too(tmp_path, vocabulary, words, rows):
+    """A row has a start token and 15 of the text, in which a separator follows the words."""
+    made = corpus_of(tmp_path, ["cat " * words], vocabulary)
+    (shown,) = held_out(made, MaskedLM(0.3), length=LENGTH, sequences=9)
+    assert shown.inputs["input_ids"].shape == (rows, LENGTH)
+    assert batches(made, sequences=1).num_rows == rows
+
+
 def test_a_new_process_goes_on_the_same(corpus):
     before = batches(corpus)
     for step in range(7):
@@ -178,6 +187,20 @@ def test_padded_rows_are_one_unit_each(other):
     batch = source.at(0)[0]
     assert (batch.inputs["attention_mask"] == (batch.inputs["input_ids"] != PAD)).all()
     assert not (batch.labels_N[batch.row_weight_N == 1] == PAD).any()
+
+
+def test_units_and_documents_end_where_they_end_in_a_shard_of_many_blocks(tmp_path, vocabulary, monkeypatch):
+    monkeypatch.setattr(encode, "BLOCK_CHARACTERS", 300)
+    texts = [text for text in documents(12) if text.strip()]
+    made = corpus_of(tmp_path, texts, vocabulary, unit="sentence")
+    assert sum(map(len, texts)) > 10 * 300
+    ((tokens,), (units,)) = made.shards, made.unit_ends
+    assert units.tolist() == (np.flatnonzero(tokens == SEP) + 1).tolist()
+    (ends,) = made.document_ends
+    assert len(ends) == len(texts)
+    tokenizer = made.tokenizer()
+    for text, part in zip(texts, np.split(tokens, ends[:-1]), strict=True):
+        assert part[part != SEP].tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_attention_within_documents():

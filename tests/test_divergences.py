@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import scipy.special
 import torch
@@ -43,6 +44,18 @@ def test_against_scipy(name, temperature):
 def test_a_model_does_not_differ_from_itself(name):
     logits = torch.randn(5, 100, generator=torch.Generator().manual_seed(1))
     assert DIVERGENCES[name](logits, logits, 2.0).abs().max() == 0
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
+def test_models_that_are_close_are_told_apart_in_float32(divergence):
+    """Logits that differ by 1e-3 are 5e-7 nats apart: less than a float32 says of any of their log-probabilities."""
+    draw = torch.Generator().manual_seed(0)
+    teacher = 2 * torch.randn(8, 1000, generator=draw)
+    student = teacher + 1e-3 * torch.randn(8, 1000, generator=draw)
+    log_p, log_t = (scipy.special.log_softmax(z.double().numpy(), axis=-1) for z in (student, teacher))
+    a, b = (log_t, log_p) if divergence is forward_kl else (log_p, log_t)
+    expected = torch.from_numpy((np.exp(a) * (a - b)).sum(-1))
+    torch.testing.assert_close(divergence(student, teacher).double(), expected, rtol=0.1, atol=0)
 
 
 def test_soft_gradient_has_hintons_limit():

@@ -87,16 +87,17 @@ def test_shares_by_field_and_paradigm_and_ties(tmp_path):
 
 
 def test_the_score_is_the_share_of_pairs_whose_good_sentence_is_the_likelier_one(folder, tmp_path, monkeypatch):
-    """Of a model to which a word more is less likely: two good sentences are the shorter ones, the third is not."""
-    good, bad = ["cat", "cat sat", "dog ran far"], ["the cat sat", "the cat sat on", "dog"]
-    write(tmp_path / "blimp/test.parquet", pairs(3, sentence_good=good, sentence_bad=bad))
+    """Of a model to which a word more is less likely: two good sentences are the shorter ones, the third is not, and
+    the fourth is as likely as the bad one."""
+    good, bad = ["cat", "cat sat", "dog ran far", "cat"], ["the cat sat", "the cat sat on", "dog", "dog"]
+    write(tmp_path / "blimp/test.parquet", pairs(4, sentence_good=good, sentence_bad=bad))
     monkeypatch.setattr(
         zero_shot, "likelihoods", lambda predictor, sentences, **more: -np.array([len(ids) for ids in sentences.ids])
     )
     subject = load_subject("one", str(folder), CPU)
     found = blimp_job(subject, read_pairs(tmp_path), None, QUICK, torch.float32).compute(lambda done: None)[0]
-    assert found["score"] == found["scores"]["score"] == pytest.approx(2 / 3)
-    assert found["predictions"] == [1, 1, 0]
+    assert found["score"] == found["scores"]["score"] == 2 / 4
+    assert found["predictions"] == [1, 1, 0, 0]
 
 
 def test_a_field_that_is_written_in_two_ways_is_one(tmp_path):
@@ -143,6 +144,7 @@ def test_no_pairs_at_all(tmp_path):
 def test_held_out_text_scores_as_in_training(folder, text, tmp_path):
     from codistill.data.batches import held_out
     from codistill.data.prepare import cached
+    from codistill.data.tokenizers import tokenizer_hash
     from codistill.objectives import MaskedLM
     from codistill.scores import held_out as score
 
@@ -154,6 +156,8 @@ def test_held_out_text_scores_as_in_training(folder, text, tmp_path):
     assert cell["score"] == pytest.approx(wanted.loss, rel=1e-2)  # which bfloat16 is allowed
     assert cell["scores"]["perplexity"] == pytest.approx(np.exp(cell["score"]))
     assert cell["counted"]["rows"] == wanted.rows
+    how = {"tokens_a_row": 32, "objective": "mlm", "tokenizer": tokenizer_hash(subject.tokenizer), "column": "text"}
+    assert cell["counted"]["scored_as"] == how
 
 
 def test_every_predicted_token_counts_alike_whatever_source_it_is_of():

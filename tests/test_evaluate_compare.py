@@ -100,6 +100,14 @@ def test_the_bootstrap_is_over_examples():
     assert (low, high) == pytest.approx((0.75 - half, 0.75 + half), abs=0.008)
 
 
+@pytest.mark.parametrize("right", [0, 3])
+def test_the_bootstrap_draws_every_example_with_repetition(right):
+    """Right about one of four: of Binomial(4, ¼) a share of 0.316 is 0, of 0.949 at most 2 and of 0.996 at most 3."""
+    predicted = [int(at == right) for at in range(4)]
+    found = comparisons([cell(score=0.25, predictions=predicted, labels=[1] * 4)])
+    assert found["tasks"]["glue/rte"]["one"]["examples_interval"] == (0, 0.75)
+
+
 def test_the_bootstrap_of_a_difference_is_paired():
     """Two models that err on the same examples differ by exactly as much on every resample."""
     draw = np.random.default_rng(0)

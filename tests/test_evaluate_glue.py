@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from codistill.cohort import Cohort
+from codistill.config import ModelConfig
 from codistill.errors import UserError
 from codistill.evaluate import finetune
 from codistill.evaluate.encode import batch_of, encode, prediction_order, training_order
@@ -20,6 +21,7 @@ from codistill.evaluate.sequences import SequencePredictor
 from codistill.evaluate.server import server_lines
 from codistill.evaluate.subjects import load_subject
 from codistill.evaluate.tasks import GLUE, Examples, read_split
+from codistill.models import new_model
 from evaluations import QUICK, WORDS, glue_folder, labelled, model_folder, write
 
 CPU = torch.device("cpu")
@@ -227,6 +229,30 @@ def test_texts_are_framed_and_cut_at_the_longer_one(subject):
 # ---- losses ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("family", "pooling", "pooled"),
+    [
+        ("bert", "first", lambda hidden_TD: hidden_TD[0]),
+        ("bert", "mean", lambda hidden_TD: hidden_TD.mean(0)),
+        ("llama", "last", lambda hidden_TD: hidden_TD[-1]),
+    ],
+)
+def test_a_text_is_pooled_from_its_own_tokens_whatever_stands_behind_it(family, pooling, pooled):
+    """The oracle: each text alone through the backbone of Hugging Face, and then the head."""
+    config = ModelConfig(family=family, layers=1, width=32, heads=2)
+    model = new_model(config, vocabulary=50, length=16, tokenizer=None, seed=0, name="one")
+    made = SequencePredictor(model, 3, pooling=pooling, dropout=0.0, seed=0).eval()
+    lengths = (9, 4, 1)
+    ids_BT = torch.randint(5, 50, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask_BT = (torch.arange(9) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        found_ND = made({"input_ids": ids_BT, "attention_mask": mask_BT}, torch.arange(3))
+        alone = [model.eval().base_model(ids_BT[row : row + 1, :length])[0][0] for row, length in enumerate(lengths)]
+        torch.testing.assert_close(found_ND, made.head(torch.stack([pooled(hidden_TD) for hidden_TD in alone])))
+        unpadded_ND = made({"input_ids": ids_BT[:1]}, torch.arange(1))
+        torch.testing.assert_close(unpadded_ND, found_ND[:1])
+
+
 def test_edges_of_classes_are_divergences_and_of_numbers_squared_errors(subject, data):
     """One step from the same point: the logged losses, against formulas written out here."""
     from codistill.cohort import Distillation, Member
@@ -268,6 +294,30 @@ def test_numbers_refuse_an_edge_between_distributions():
         linear_cohort_regression(
             hidden, weight, bias, torch.zeros(2), hard_weight={"a": 1.0, "b": 1.0}, edges=[Edge("a", "b")]
         )
+
+
+def test_the_loss_of_numbers_is_its_equation_with_all_weights_and_gradients():
+    from codistill.kernels import Edge, linear_cohort_regression
+
+    torch.manual_seed(0)
+    hidden = {"a": torch.randn(5, 3, requires_grad=True), "b": torch.randn(5, 4, requires_grad=True)}
+    weight = {name: torch.randn(1, x.shape[1], requires_grad=True) for name, x in hidden.items()}
+    bias = {"a": torch.randn(1, requires_grad=True), "b": None}
+    labels, rows = torch.randn(5), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0])
+    edges = [Edge("a", "b", 3.0, divergence="squared_error"), Edge("b", "a", 0.25, divergence="squared_error")]
+    given = {"hard_weight": {"a": 2.0, "b": 0.5}, "edges": edges, "row_weight": rows}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cohort_regression(hidden, weight, bias, labels, **given)
+        part = linear_cohort_regression(hidden, weight, bias, labels, denominator=torch.tensor(9.0), **given)
+    a = (hidden["a"] * weight["a"]).sum(1) + bias["a"]
+    b = (hidden["b"] * weight["b"]).sum(1)
+    mean = lambda errors: (rows * errors.square()).sum() / rows.sum()  # noqa: E731
+    hard, soft = {"a": mean(a - labels), "b": mean(b - labels)}, (mean(b - a.detach()), mean(a - b.detach()))
+    total = 2.0 * hard["a"] + 0.5 * hard["b"] + 3.0 * soft[0] + 0.25 * soft[1]
+    torch.testing.assert_close([loss.total, loss.hard, loss.soft], [total, hard, soft])
+    torch.testing.assert_close(part.total, total * rows.sum() / 9)
+    learned = [*hidden.values(), *weight.values(), bias["a"]]
+    torch.testing.assert_close(torch.autograd.grad(loss.total, learned), torch.autograd.grad(total, learned))
 
 
 # ---- whole evaluations -------------------------------------------------------------------------
@@ -337,6 +387,15 @@ def test_a_learning_rate_is_chosen_by_a_slice_of_the_training_set(folder, data, 
     results = evaluate([str(folder)], ["glue/sst2"], tmp_path / "out", data=data, seeds=2, protocol=grid)
     assert [cell["counted"]["learning_rate"] for cell in results["cells"]] == [1e-2, 1e-2]
     assert min(cell["score"] for cell in results["cells"]) > 0.8
+
+
+@pytest.mark.parametrize(
+    ("examples", "most", "steps"), [(8, None, 6), (9, None, 9), (12, None, 9), (13, None, 12), (9, 5, 5), (9, 50, 9)]
+)
+def test_an_epoch_has_a_step_for_the_last_few_examples_too(examples, most, steps):
+    from codistill.evaluate.finetune import num_steps
+
+    assert num_steps(examples, replace(QUICK, epochs=3, batch=4, max_steps=most)) == steps
 
 
 def test_the_best_epoch_is_kept(subject, data):

@@ -13,7 +13,7 @@ from torch.optim import SGD
 from codistill.cohort import Cohort, Distillation, Member
 from codistill.config import ModelConfig
 from codistill.errors import UserError
-from codistill.families import FAMILIES, family_of, longest, split
+from codistill.families import FAMILIES, family_of, layers_of, longest, split
 from codistill.families.family import Chain
 from codistill.families.found import Bypass
 from codistill.loading import load, to_dict
@@ -78,6 +78,29 @@ def test_dropout_of_a_new_model_is_at_every_place_where_its_family_has_one(famil
         built = predictor("a", family=family, dropout=0.375).model
     assert {name for name, value in built.config.to_dict().items() if value == 0.375} == DROPOUTS[family]
     assert {module.p for module in built.modules() if isinstance(module, torch.nn.Dropout)} <= {0.375}
+
+
+GATED = ("modernbert", "llama", "qwen2", "qwen3", "gemma3_text")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("feed_forward", [None, 40])
+def test_a_new_models_layer_is_as_large_as_its_settings_say(family, feed_forward):
+    """The numbers in its matrices: gated feed-forward layers have three; key-value heads are half where they may be."""
+    shared = 1 if FAMILIES[family].objective == "clm" and family != "gpt2" else None
+    config = ModelConfig(family=family, width=32, heads=2, feed_forward=feed_forward, key_value_heads=shared, layers=1)
+    with torch.device("meta"):
+        layer = layers_of(new_model(config, vocabulary=50, length=16, tokenizer=None, seed=0, name="a"))[0]
+    usual = {"modernbert": 48} | dict.fromkeys(GATED[1:], 96)
+    rows = 32 * (feed_forward or usual.get(family, 128)) * (3 if family in GATED else 2)
+    attention = 32 * 32 * 4 if shared is None else 32 * 32 * 3
+    assert sum(weight.numel() for weight in layer.parameters() if weight.ndim == 2) == rows + attention
+
+
+def test_gemmas_attention_is_scaled_by_the_width_of_its_heads():
+    with torch.device("meta"):
+        built = predictor("a", family="gemma3_text").model
+    assert {part.scaling for part in built.modules() if hasattr(part, "scaling")} == {16**-0.5}
 
 
 @pytest.mark.parametrize("name", [*CONFIGURED, *PUBLISHED])

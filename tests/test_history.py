@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from codistill.config import DistillationConfig
-from codistill.history import differing, parts, tokens_by
+from codistill.history import changed, differing, parts, scored_from, tokens_by
 from codistill.loading import load, override, parse_yaml, to_dict, to_yaml
 from codistill.recipes import find
 from codistill.report.run import draw_curves
@@ -54,6 +54,34 @@ def _of_before(old, new):
     first, second = parts(load(parse_yaml(kept, "the run's own file")), 5)
     assert (first[:2], second[:2]) == ((0, 2), (2, 5))
     return to_dict(replace(first.run, track=old.track))  # where lines go is no setting of the numbers
+
+
+def test_what_a_resumption_changed_is_as_it_was_before():
+    facts = {"data": {"train": {"identity": "a"}, "validation": {"identity": "v"}}, "tokenizer": "t"}
+    old = replace(find("ctcd:tiny"), provenance=facts)
+    later = facts | {"data": {"train": {"identity": "b"}, "validation": {"identity": "v"}}}
+    new = replace(load(override(to_dict(find("ctcd:tiny")), [f"seed={old.seed + 3}"])), provenance=later)
+    part = {"was": {"seed": old.seed}, "inputs": {"data.train.identity": "a"}}
+    assert changed(old, new, 5) == [{"from_step": 5, **part}]
+    assert changed(old, new, 0) == []  # nothing is left of what was
+    past = [{"from_step": 3, "was": {"steps": 9}}, {"from_step": 7, "was": {"steps": 8}}]
+    old = replace(old, provenance=facts | {"changed": past})
+    assert changed(old, new, 5) == [past[0], past[1] | {"from_step": 5}, {"from_step": 5, **part}]
+
+
+@pytest.mark.parametrize(
+    ("parts_changed", "expected"),
+    [
+        ([{"was": {"steps": 9}}], 0),
+        ([{"was": {"seed": 1}}, {"was": {"steps": 9}}], 10),
+        ([{"was": {"data.length": 64}}, {"was": {"seed": 1}}, {"was": {"batch.sequences": 4}}], 20),
+        ([{"was": {}, "inputs": {"data.train.identity": "a"}}], 0),
+        ([{"was": {}, "inputs": {"data.validation.identity": "a"}}, {"was": {}, "inputs": {"machine": "b"}}], 10),
+    ],
+)
+def test_losses_are_of_the_same_tokens_after_the_last_change_of_what_is_scored(parts_changed, expected):
+    parts_changed = [{"from_step": 10 * number, **part} for number, part in enumerate(parts_changed, start=1)]
+    assert scored_from(replace(find("ctcd:tiny"), provenance={"changed": parts_changed})) == expected
 
 
 def test_a_run_took_what_its_parts_would_have_taken_alone(text, teacher, tmp_path):

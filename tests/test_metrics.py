@@ -116,6 +116,20 @@ def test_rows_of_weight_0_are_no_guesses():
     assert found.loss == pytest.approx((2 * log(4 / 3) + log(4)) / 3)
 
 
+class Noisy(Fixed):
+    """In training it says the opposite."""
+
+    def logits(self, features_NV):
+        return -features_NV if self.training else features_NV
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_score_is_of_the_model_at_rest_and_leaves_it_as_it_was(training):
+    model = Noisy().train(training)
+    assert held_out(model, [batch([0], logits=(log(3), 0.0))]).loss == pytest.approx(log(4 / 3))
+    assert model.training == training
+
+
 def test_the_unigram_loss_counts_one_more_of_each_token_and_only_rows_with_weight():
     """Of 3, 1 and 0 times: p = 4/7, 2/7 and 1/7. Each is predicted once: ⅓ ln(7³ / 8) = ln 3.5."""
     batches = [batch([0, 1]), batch([2, 0, 0], [1.0, 0, 0])]

@@ -1,5 +1,8 @@
 """What a run will take, against what PyTorch then counts."""
 
+import json
+from unittest import mock
+
 import pytest
 import torch
 
@@ -31,6 +34,22 @@ WIDE = ["members.large.model.width=128", "data.tokenizer=train:wordpiece:8000", 
 def test_memory_is_within_15_percent_of_what_is_then_counted(recipe, settings):
     planned, counted = planned_and_counted_memory(load(override(to_dict(find(recipe)), settings)))
     assert planned == pytest.approx(counted, rel=0.15)
+
+
+def test_a_frozen_member_takes_room_for_its_parameters_and_none_to_learn():
+    run = load(override(to_dict(find("kd:tiny")), ["members.teacher.path=somewhere"]))
+    config = ModelConfig(family="bert", layers=1, width=32, heads=2)
+    models = {n: new_model(config, vocabulary=500, length=64, tokenizer=None, seed=0, name=n) for n in run.members}
+    size = sum(parameter.numel() for parameter in models["teacher"].parameters())
+    assert [name for name in models if not run.members[name].frozen] == ["small"]
+    memory = memory_of(run, models, 500, torch.float32, "cpu")
+    assert memory["parameters"] == 2 * 4 * size
+    assert memory["gradients"] == 4 * size
+    assert memory["optimizer states"] == 8 * size
+    assert memory["gradients of output layers"] == 4 * 500 * 32
+    shape = {"sequences": run.batch.sequences, "length": run.data.length, "rows": run.rows_per_step}
+    cost = forward_cost(models["small"], vocabulary=500, precision=torch.float32, **shape)
+    assert memory["activations"] == cost.saved_bytes
 
 
 def test_on_a_cpu_no_copy_of_the_output_embedding_is_planned():
@@ -81,6 +100,20 @@ def test_a_plan_says_what_the_run_then_says(text, teacher, tmp_path):
     assert found.flops["large"]["teachers"] == found.flops["weak"]["own"] > 0
     assert found.flops["large"]["own"] > found.flops["weak"]["own"]
     assert found.seconds is not None
+
+
+@pytest.mark.parametrize(("budget", "rows"), [(None, 80), (40 * 32, 40), (10**9, 80)])
+def test_a_text_is_seen_as_often_as_its_tokens_or_fewer_that_are_used_last(budget, rows, tmp_path):
+    """Of 80 · 32 tokens, whatever is allowed beyond these."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"tokens": 80 * 32, "units": 5}))
+    sets = ["steps=20", "batch={sequences: 8, accumulate: 1}", "data.length=32", f"data.tokens={json.dumps(budget)}"]
+    run = load(override(to_dict(find("standalone:tiny")), [*sets, f"data.train=[{tmp_path}]"]))
+    with mock.patch.object(
+        planning, "read_manifest", lambda folder: json.loads((folder / "manifest.json").read_text())
+    ):
+        assert planning._passes(run, 20 * 8 * 32) == 20 * 8 / rows
+        padded = load(override(to_dict(run), ["data.packing=padded", "data.tokens=null"]))
+        assert planning._passes(padded, 20 * 8 * 32) == 20 * 8 / 5
 
 
 def test_what_does_not_fit_is_named_with_what_to_lower(text, monkeypatch):

@@ -225,6 +225,9 @@ def test_projections_belong_to_seed_and_members_and_only_where_widths_differ():
     assert_same_bits(list(one.parameters()), list(other.parameters()))
     assert not torch.equal(one["large-1-1"].weight, one["large-3-2"].weight)
     assert not pair([HIDDEN], width=32).members["small"].projections
+    wider = pair([HIDDEN], width=48)
+    assert {tuple(p.shape) for p in wider.members["small"].projections.parameters()} == {(32, 48)}
+    assert wider.step(0, batch(1))["small/hidden_from_large"] > 0
     assert not pair([RELATION]).members["small"].projections
 
 
@@ -330,6 +333,17 @@ def test_a_projection_decays_as_its_students_matrices_do(decay):
                 parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
     torch.testing.assert_close(projection.weight.detach(), before * (1 - 0.1 * decay))
+
+
+def test_of_several_optimizers_the_last_trains_a_projection_as_its_first_group():
+    def optimizers(parameters, lr: float):
+        one, two, *rest = parameters
+        return SGD([one], lr=0.5), SGD([{"params": [two], "lr": 0.25}, {"params": rest, "lr": 0.125}], lr=lr)
+
+    student = pair([HIDDEN], optimizer=optimizers).members["small"]
+    held = [[group["lr"] for group in optimizer.param_groups] for optimizer in student.optimizers]
+    assert held == [[0.5], [0.25, 0.125, 0.25]]
+    assert_same_bits(student.optimizers[1].param_groups[-1]["params"], list(student.projections.parameters()))
 
 
 def adamw_of(parameters, lr: float, decay: float):

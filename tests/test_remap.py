@@ -78,6 +78,18 @@ def test_growing_in_float32_with_the_output_embedding_tied_or_not(family, tied, 
 
 
 @pytest.mark.parametrize("method", ["replicate", "tile", "zero"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_feed_forward_units_shrink_back_while_the_rest_stays_or_grows(family, method):
+    initial = method == "zero" and family in (*POST_NORM, "modernbert")
+    config, middle = config_of(family), config_of(family, ffn=24)
+    model, grown = moved(config, middle, initial_norms=initial, width=method)
+    for sizes in ({}, {"width": 16, "heads": 4}):
+        target = config_of(family, **sizes)
+        new = build(target, remap_state(grown.state_dict(), middle, target, width=method))
+        assert distance(model, new) < 1e-10
+
+
+@pytest.mark.parametrize("method", ["replicate", "tile", "zero"])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_a_gpt2_whose_attention_does_not_divide_keeps_its_function(heads, method):
     config, target = (

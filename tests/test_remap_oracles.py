@@ -172,6 +172,18 @@ def test_advanced_takes_the_added_units_from_the_next_layer():
                 assert bias[j] == state[LAYER.format(origin, f"{name}.bias")][i]
 
 
+@pytest.mark.parametrize(("depth", "layers"), [("first", (0, 1)), ([2, 0], (2, 0)), ("repeat-last", (0, 1, 2, 2))])
+def test_advanced_takes_the_sources_next_layer_whatever_the_target_keeps(depth, layers):
+    config, state = bert(layers=3)
+    all_three = remapped(state, config, config_of("bert", 3, 16, 4, 9), width="advanced")
+    new = remapped(state, config, config_of("bert", len(layers), 16, 4, 9), width="advanced", depth=depth)
+    for name in new:
+        _, inside, part = name.partition("bert.encoder.layer.")
+        at, _, rest = part.partition(".")
+        source = LAYER.format(layers[int(at)], rest) if inside else name
+        np.testing.assert_array_equal(new[name], all_three[source])
+
+
 def test_zero_is_silent_and_can_be_woken():
     """8 → 12 units, FFN 12 → 15, √(12/8) = s: E = s [I; 0] for the stream; what reads the added units is a copy."""
     config, target = config_of("llama", 1, 8, 2), config_of("llama", 1, 12, 3, 15)
@@ -216,6 +228,18 @@ def test_select_is_weight_selection():
     for name, tensor in state.items():
         kept = np.ix_(*(chosen(n, sizes.get(n, n)) for n in tensor.shape))
         assert np.array_equal(new[name], tensor[kept]), name
+
+
+def test_select_keeps_the_rotary_places_that_turn_as_fast():
+    """Of heads of 8 units those of 4: unit i turns by θ^(−2i/8), which is unit i / 2 of the narrow one."""
+    config, target = config_of("llama", 1, 16, 2, 6), config_of("llama", 1, 8, 2, 6)
+    old = {name: tensor.numpy() for name, tensor in drawn(config).state_dict().items()}
+    new = remapped(old, config, target, width="select")
+    stream = [0, 2, 4, 6, 8, 10, 12, 14]
+    turning = [8 * head + unit for head in (0, 1) for unit in (0, 2, 4, 6)]
+    for name in ("q_proj", "k_proj"):
+        name = f"model.layers.0.self_attn.{name}.weight"
+        np.testing.assert_array_equal(new[name], old[name][np.ix_(turning, stream)])
 
 
 def test_select_first():

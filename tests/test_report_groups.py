@@ -151,7 +151,8 @@ def test_what_changes_no_number_parts_no_group(tmp_path):
         finished(tmp_path / "text", PAIR, losses, 2, data={k: {"identity": k} for k in ("train", "validation")}),
         finished(tmp_path / "words", PAIR, losses, 3, tokenizer="d"),
         finished(tmp_path / "teacher", PAIR, losses, 4, members={"large": "weights"}),
-        finished(tmp_path / "resumed", PAIR, losses, 5, changed=[{"from_step": 1, "was": {"steps": 9}}]),
+        finished(tmp_path / "shape", PAIR, losses, 5, configurations={"large": "rope_theta"}),
+        finished(tmp_path / "resumed", PAIR, losses, 6, changed=[{"from_step": 1, "was": {"steps": 9}}]),
     ]
     found = grouped(folders)
     assert [[run.name for run in one.runs] for one in found] == [
@@ -159,6 +160,7 @@ def test_what_changes_no_number_parts_no_group(tmp_path):
         ["text"],
         ["words"],
         ["teacher"],
+        ["shape"],
         ["resumed"],
     ]
 

@@ -175,6 +175,13 @@ def test_members_that_are_alike_are_trained_once():
     assert load(to_dict(run)) == run
 
 
+def test_a_member_is_seeded_by_its_role_or_as_it_says():
+    (pair,) = (arm for arm in arms(SCALE, 0) if arm.name == "pair")
+    members = {**pair.run.members, "small": replace(pair.run.members["small"], seeded_as="weak")}
+    run = merged([replace(pair, run=replace(pair.run, members=members))], TEXT, {})
+    assert {name: m.seeded_as for name, m in run.members.items()} == {"pair--large": "large", "pair--small": "weak"}
+
+
 def test_what_is_needed_comes_before_and_cohorts_are_small():
     for study in STUDIES.values():
         every = study.arms(SCALES["tiny"], 0) + study.arms(SCALES["tiny"], 1)
@@ -311,6 +318,24 @@ def test_many_differences_are_corrected_for_their_number():
     assert shown == [("lower", True), ("lower", False), ("not shown", False)]
     assert "1 still does (“by Holm too”)" in page
     assert page.count("| lower, by Holm too |") == 1
+
+
+def test_differences_of_all_regimes_are_corrected_together():
+    """The probabilities of above, each in a regime of its own."""
+    taught = {"one": (4.0, 4.1, 4.05), "two": (4.87, 4.8, 4.73), "three": (5.0, 5.2, 4.9)}
+
+    def found(regimes):
+        cells = [
+            made_up(arm, seed, loss) | {"regime": regime}
+            for regime in regimes
+            for arm, losses in (("taught", taught[regime]), ("alone", (5.0,) * 3))
+            for seed, loss in enumerate(losses)
+        ]
+        made = analysis(STUDY, "toy", 2 * 3 * len(regimes), cells)["regimes"]
+        return [made[regime]["contrasts"][0]["holm"] for regime in regimes]
+
+    assert found(["one", "two"]) == [True, True]
+    assert found(["one", "two", "three"]) == [True, False, False]
 
 
 def test_an_interval_around_zero_shows_nothing_and_a_single_run_is_called_one():

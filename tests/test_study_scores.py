@@ -18,7 +18,7 @@ from codistill.study.harvest import _glue
 from codistill.study.page import study_blocks
 from codistill.study.run import Request, missing_cells, run_study
 from codistill.study.scoring import GLUE, found_in, is_scored, with_scores
-from studies import SCALE, STUDY, arms, data_folder, made_up
+from studies import SCALE, SIZE, STUDY, arms, data_folder, made_up
 
 TASKS = ("blimp", "glue/rte", "glue/sst2")
 PAIRS = [("the boat sails", "the boat sail"), ("they sail", "they sails"), ("a boat", "an boat"), ("we go", "we goes")]
@@ -66,6 +66,12 @@ def test_the_scores_of_a_cell_are_those_of_codistill_evaluate(finished, data, tm
     assert teacher["members"]["teacher"]["glue"]["sst2"]["score"] == score["glue/sst2"]
     assert set(pair["members"]["small"]["glue"]) == {"sst2"}
     assert 0 <= pair["agreement"] <= 1
+    steps, tokens = teacher["steps"], teacher["tokens"]
+    assert tokens == steps * SIZE.batch.sequences * SIZE.data.length
+    curve = teacher["members"]["teacher"]["curve"]
+    looks = sorted({*range(SIZE.evaluate.every, steps, SIZE.evaluate.every), steps})
+    assert [at for at, _ in curve] == [look * tokens // steps for look in looks]
+    assert curve[-1][1] == teacher["members"]["teacher"]["loss"]
 
 
 def test_a_cell_that_lacks_a_score_is_missing_once_there_are_examples(finished, data):
@@ -121,6 +127,14 @@ def test_a_score_that_is_no_number_is_empty_and_says_why(tmp_path):
     assert found == {"stsb": {"failed": "its score is nan: the predictions are all alike"}}
     cells = [graded("alone", 0, 0.0), graded("taught", 0, 0.0, **found)]
     assert analysis(STUDY, "toy", 2, cells)["regimes"]["one pass"]["rows"]["taught/large"]["glue"]["mean"] is None
+
+
+def test_the_scores_of_a_member_are_not_those_of_one_whose_name_goes_on(tmp_path):
+    (tmp_path / "run" / "scores").mkdir(parents=True)
+    told = {"task": "glue/rte", "failed": "", "counted": {"partial": {}}}
+    cells = [{"model": f"run/{name}", "score": score, **told} for name, score in (("one", 0.75), ("one-b", 0.5))]
+    (tmp_path / "run" / "scores" / "results.json").write_text(json_with_nan({"cells": cells}))
+    assert _glue(tmp_path / "run", "one") == {"rte": {"score": 0.75, "partial": {}}}
 
 
 def test_a_score_that_failed_is_an_answer_and_scores_are_not_lost():

@@ -1,5 +1,6 @@
 """Cached teachers: what they say is what the live teacher says, and nothing can be read beside its row."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,8 @@ from codistill.cli import main
 from codistill.errors import MachineError, UserError
 from codistill.loading import load, override, to_dict, to_yaml
 from codistill.metrics import read_metrics
-from codistill.teacher_cache import TeacherCache, taught_steps
+from codistill.objectives import Batch
+from codistill.teacher_cache import TeacherCache, fingerprints, taught_steps
 from codistill.train import train
 from ranks import on_ranks
 from runs import refused, weights, with_teachers
@@ -269,6 +271,21 @@ def test_rows_that_are_not_those_that_were_cached_are_noticed(text, teachers, tm
     assert cache.read(48, batch) is None
     with pytest.raises(UserError, match="sequence 12 is not the one that was cached"):
         cache.read(12, batch)
+
+
+def test_a_fingerprint_is_of_what_is_shown_what_is_asked_and_where():
+    """Of any two of these at least one thing differs, if only in which of two places it stands."""
+    tokens = {"as it is": [5, 6, 7, 8], "turned": [6, 5, 7, 8], "others": [5, 6, 7, 9]}
+    asked = {"as it is": [7, 8], "turned": [8, 7], "others": [7, 9]}
+    rows = {"as it is": [0, 2], "turned": [2, 0], "others": [0, 3]}
+    found = set()
+    for shown, labels, places in itertools.product(tokens.values(), asked.values(), rows.values()):
+        second = [4 + place for place in places]  # the same sequence again has the same fingerprint
+        batch = Batch({"input_ids": torch.tensor([shown] * 2)}, torch.tensor(places + second), torch.tensor(labels * 2))
+        one, again = fingerprints(batch).tolist()
+        assert one == again
+        found.add(one)
+    assert len(found) == 27
 
 
 def test_a_cache_that_is_not_whole_is_refused(text, teachers, tmp_path):

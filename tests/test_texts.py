@@ -63,6 +63,14 @@ def test_raw_text_that_is_scored_on_is_cut_as_the_prepared_text_is(sentences, tm
     assert sum(len(ends) for ends in score_on.unit_ends) == len(wanted)
 
 
+def test_what_is_asked_of_held_out_text_depends_on_the_seed_and_the_text_does_not(sentences):
+    file, _ = sentences
+    one, again, other = (build(by_sentence(file, f"seed={seed}"), CPU).held_out for seed in (1, 1, 2))
+    assert all(torch.equal(a.rows_N, b.rows_N) for a, b in zip(one, again, strict=True))
+    assert not any(torch.equal(a.rows_N, b.rows_N) for a, b in zip(one, other, strict=True))
+    assert list(map(texts_of, one)) == list(map(texts_of, other))
+
+
 def test_one_unit_of_every_four_is_trained_on_and_all_are_scored_on(sentences):
     file, wanted = sentences
     train_on, score_on = corpora(by_sentence(file, "data.keep_every=4"), ALONE)

@@ -19,6 +19,7 @@ from codistill import checkpoint
 from codistill.blocks import to_markdown
 from codistill.build import adamw, build, edges_of
 from codistill.cli import main
+from codistill.cohort import Cohort
 from codistill.config import Checkpointing, DistillationConfig, Layers, Run
 from codistill.distributed import Ranks
 from codistill.edges import Distillation
@@ -97,6 +98,21 @@ def test_a_deterministic_run_asks_for_it_before_there_is_a_device(text, tmp_path
         torch.use_deterministic_algorithms(False)
     assert found == [(":4096:8", True), (":16:8", True)]
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_runs_steps_are_0_1_2_and_have_the_batches_of_these(text, tmp_path, monkeypatch):
+    seen, plain = [], Cohort.step
+    keep = lambda self, step, batches: seen.append((step, batches)) or plain(self, step, batches)  # noqa: E731
+    monkeypatch.setattr(Cohort, "step", keep)
+    run = small_run("standalone", text, "steps=3")
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "run", stop_at=2)
+    train(run, tmp_path / "run", resume=True)
+    assert [step for step, _ in seen] == [0, 1, 2]
+    batches = build(replace(run, precision="float32"), CPU).batches
+    for step, given in seen:
+        for one, other in zip(given, batches.at(step), strict=True):
+            assert torch.equal(one.inputs["input_ids"], other.inputs["input_ids"])
 
 
 def test_a_seed_changes_the_run(text, tmp_path):
