@@ -1,4 +1,4 @@
-"""What teaching does to a student grown by repeat-last, at 0.7 of the rate in 20 passes: five seeds of `dwt-remapping`."""
+"""What teaching does to a student grown by repeat-last at 0.7 of the rate, in 20 passes, with five seeds."""
 
 from dataclasses import replace
 
