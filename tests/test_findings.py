@@ -52,51 +52,54 @@ def test_the_numbers_are_those_of_the_committed_study(name, finding):
     assert finding.seeds == found["seeds"]
 
 
-REGIMES = [("masked", often) for often in ("one pass", "20 passes")]
-REGIMES += [("causal", often) for often in ("one pass", "20 passes", "20 passes, regularised")]
-IN_README = {
-    "student of a weak teacher nearly as good as it": {
-        "masked": ("dwt-soft-weight", "weight 1 − alone"),
-        "causal": ("causal", "large: dwt, weak teacher − alone"),
-    },
-    "student of a much weaker teacher": {
-        "masked": ("dwt-teacher-quality", "extremely-weak teacher − alone"),
-        "causal": ("causal", "large: dwt, weaker teacher − alone"),
-    },
-    "large model of a pair, each teaching the other": {
-        "masked": ("ctcd", "large: both ways − alone"),
-        "causal": ("causal", "large: ctcd − alone"),
-    },
-    "small model of that pair": {
-        "masked": ("ctcd", "small: both ways − alone"),
-        "causal": ("causal", "small: ctcd − alone"),
-    },
-    "small model of that pair − the large one alone": {
-        "masked": ("ctcd", "small: both ways − large alone"),
-        "causal": ("causal", "small: ctcd − large alone"),
-    },
-    "student that starts from the weak model, grown, and is not taught": {
-        "masked": ("dwt-remapping", "repeat-last − random, alone, whole rate"),
-    },
+def contrast(study: str, finding: str) -> tuple[str, str]:
+    return study, LABELS[study, finding]
+
+
+# The rows of the table of what was found: a contrast of masked models, and one of causal ones.
+FOUND = {
+    "student of a weak teacher nearly as good as it": (
+        contrast("dwt-soft-weight", WEAK_TEACHER),
+        contrast("causal", CAUSAL_WEAK_TEACHER),
+    ),
+    "student of a much weaker teacher": (
+        contrast("dwt-teacher-quality", TOO_WEAK_TEACHER),
+        contrast("causal", CAUSAL_TOO_WEAK_TEACHER),
+    ),
+    "large model of a pair, each teaching the other": (
+        contrast("ctcd", LARGE_OF_A_PAIR),
+        contrast("causal", CAUSAL_LARGE_OF_A_PAIR),
+    ),
+    "small model of that pair": (contrast("ctcd", SMALL_OF_A_PAIR), contrast("causal", CAUSAL_SMALL_OF_A_PAIR)),
+    "small model of that pair − the large one alone": (
+        ("ctcd", "small: both ways − large alone"),
+        ("causal", "small: ctcd − large alone"),
+    ),
+    "student that starts from the weak model, grown, and is not taught": (
+        ("dwt-remapping", "repeat-last − random, alone, whole rate"),
+        ("causal", "not tried"),
+    ),
 }
+OFTEN = (("one pass", "20 passes"), ("one pass", "20 passes", "20 passes, regularised"))
 
 
-def in_readme(kind: tuple[str, str] | None, regime: str) -> str:
-    """A study's difference as README.md writes it; a dash where there is none."""
-    results = json.loads((STUDIES / kind[0] / "results.json").read_text())["regimes"] if kind else {regime: {}}
-    found = [c["loss"] for c in results[regime].get("contrasts", ()) if c["label"] == kind[1]]
+def written(study: str, label: str, regime: str) -> str:
+    """A study's difference as the table writes it; a dash where there is none."""
+    results = json.loads((STUDIES / study / "results.json").read_text())["regimes"][regime]
+    found = [c["loss"] for c in results["contrasts"] if c["label"] == label]
     if not found:
         return "–"
-    mean, low, high = (f"{number:+.2f}".replace("-", "−") for number in (found[0]["mean"], *found[0]["interval"]))
-    shown = found[0]["interval"][0] > 0 or found[0]["interval"][1] < 0
-    return f"{f'**{mean}**' if shown else mean} [{low}, {high}]"
+    low, high = found[0]["interval"]
+    mean, *interval = (f"{number:+.2f}".replace("-", "−") for number in (found[0]["mean"], low, high))
+    return f"{f'**{mean}**' if low > 0 or high < 0 else mean} [{', '.join(interval)}]"
 
 
 @pytest.mark.parametrize("place", ["README.md", "docs/studies.md"])
 def test_the_table_of_what_was_found_is_what_the_studies_say(place):
     page = (STUDIES.parent / place).read_text()
-    for row, of in IN_README.items():
-        assert f"| {row} | {' | '.join(in_readme(of.get(kind), regime) for kind, regime in REGIMES)} |" in page
+    for row, contrasts in FOUND.items():
+        cells = [written(*of, regime) for of, regimes in zip(contrasts, OFTEN, strict=True) for regime in regimes]
+        assert f"| {row} | {' | '.join(cells)} |" in page
 
 
 def test_every_number_of_passes_is_there_once():

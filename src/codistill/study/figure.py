@@ -111,7 +111,7 @@ def costs_figure(found: Mapping[str, Any]) -> Any:
         for place, (key, label) in zip(line, _COSTS, strict=True):
             _draw_costs(place, found["regimes"][regime]["rows"], key)
             place.set_xlabel(label, fontsize=8)
-        _name_points(line[_NAMED], found["regimes"][regime]["rows"])  # the axes are as wide as they get by now
+        _name_points(line[1], found["regimes"][regime]["rows"])  # FLOPs, in which arms of one role differ most
         line[0].set_ylabel(f"{regime}: held-out loss (nats)", fontsize=8)
     return figure
 
@@ -121,13 +121,13 @@ _COSTS = (
     ("flops", "training FLOPs with teachers' passes"),
     ("seconds", "training seconds"),
 )
-_NAMED = 1  # where the points have their arms' names: those of one role differ in FLOPs, rarely in parameters
 
 
 def _draw_costs(axes: Any, rows: Mapping[str, Mapping[str, Any]], key: str) -> None:
     for role, colour in _roles(rows).items():
         own = [row for name, row in rows.items() if name.rpartition("/")[2] == role]
-        x, y = [row[key] / _unit(key) for row in own], [row["loss"]["mean"] for row in own]
+        unit = 1e6 if key == "parameters" else 1
+        x, y = [row[key] / unit for row in own], [row["loss"]["mean"] for row in own]
         error = [row["loss"]["sd"] or 0.0 for row in own]
         axes.errorbar(x, y, error, fmt="o", color=colour, markersize=4, linewidth=0.8, label=role)
     values = [row[key] for row in rows.values() if row[key]]
@@ -144,16 +144,12 @@ def _roles(rows: Mapping[str, Any]) -> dict[str, str]:
     return {role: COLOURS[number % len(COLOURS)] for number, role in enumerate(roles)}
 
 
-def _unit(key: str) -> float:
-    return 1e6 if key == "parameters" else 1.0
-
-
 def _name_points(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Each point's arm to its right, in its role's colour; names that would lie on one another are moved apart."""
-    key, colours, names = _COSTS[_NAMED][0], _roles(rows), list(rows)
+    """Each arm's name to the right of its FLOPs, in its role's colour; those that would lie on one another apart."""
+    colours, names = _roles(rows), list(rows)
     if not names:
         return
-    points = np.array([[rows[name][key] / _unit(key), rows[name]["loss"]["mean"]] for name in names])
+    points = np.array([[row["flops"], row["loss"]["mean"]] for row in rows.values()])
     axes.autoscale_view()
     # In the axes' own units, 0 to 1: what is far apart is the same on a logarithmic scale.
     seen = axes.transAxes.inverted().transform(axes.transData.transform(points))
