@@ -449,6 +449,10 @@ def test_two_ranks_take_the_step_of_one(engine, kinds):
         ({"kind": "hidden", "layers": Layers(student=[1, 2], teacher=[1])}, "2 of the student and 1 of the teacher"),
         ({"kind": "hidden", "layers": Layers(student=[], teacher=[])}, "give pairs"),
         ({"kind": "hidden", "layers": Layers(student=[0], teacher=[1])}, "layers: 0; layers are counted from 1"),
+        (
+            {"kind": "hidden", "layers": Layers(student=[2, 1, 2], teacher=[1, 1, 1])},
+            "the student's 2 and the teacher's 1 are paired 2 times; give a pair once",
+        ),
         ({"kind": "hidden", "layers": Layers(student=[1], teacher=[4])}, "member 'large': layer 4 of 3"),
         ({"kind": "relation", "relation_heads": 3}, "3 relation heads do not divide .* 16 wide"),
     ],

@@ -5,6 +5,7 @@ every weight take a number or a schedule (`codistill.schedules`).
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
@@ -205,12 +206,18 @@ def edge_problem(edge: Any) -> str | None:
         return "layers are for the kinds hidden and relation" if edge.layers is not None else _heads_problem(edge)
     if edge.divergence != "forward_kl" or edge.temperature != 1:
         return f"divergence and temperature are for the kind logits, not {edge.kind}; leave them out"
-    layers = edge.layers
-    if layers is not None and not (len(layers.student) == len(layers.teacher) > 0):
+    return (None if edge.layers is None else _layers_problem(edge.layers)) or _heads_problem(edge)
+
+
+def _layers_problem(layers: Layers) -> str | None:
+    if not (len(layers.student) == len(layers.teacher) > 0):
         return f"layers: {len(layers.student)} of the student and {len(layers.teacher)} of the teacher; give pairs"
-    if layers is not None and min(*layers.student, *layers.teacher) < 1:
+    if min(*layers.student, *layers.teacher) < 1:
         return f"layers: {min(*layers.student, *layers.teacher)}; layers are counted from 1"
-    return _heads_problem(edge)
+    (student, teacher), times = Counter(zip(layers.student, layers.teacher, strict=True)).most_common(1)[0]
+    if times > 1:
+        return f"layers: the student's {student} and the teacher's {teacher} are paired {times} times; give a pair once"
+    return None
 
 
 def _heads_problem(edge: Any) -> str | None:
