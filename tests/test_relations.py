@@ -459,7 +459,7 @@ def test_two_ranks_take_the_step_of_one(engine, kinds):
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
     with pytest.raises(UserError, match=message) as refusal:
-        pair([Distillation("large", "small", **settings)]).step(0, batch(1))
+        pair([Distillation("large", "small", **settings)])
     assert "\n" not in str(refusal.value)
 
 

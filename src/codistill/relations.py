@@ -63,7 +63,7 @@ class Relations:
 
     `edges` are all of the cohort's, with the layers filled in. `projections[student]` are trained with the student;
     their initial values are a function of (seed, both members' keys, layers). Raises UserError for layers that do
-    not exist.
+    not exist, and heads that do not divide them.
     """
 
     def __init__(
@@ -81,7 +81,9 @@ class Relations:
             for name, (student, teacher) in _pairs(edge).items():
                 self._taps[edge.student].check(student)
                 self._taps[edge.teacher].check(teacher)
-                if edge.kind == "hidden":
+                if edge.kind == "relation":
+                    self._check_heads(edge, student, teacher)
+                else:
                     ends = keys[edge.student], keys[edge.teacher], student.layer, teacher.layer
                     self._add_projection(edge, name, models[edge.student], seed_of(seed, "projection", *ends))
 
@@ -127,9 +129,20 @@ class Relations:
         return hidden_error(state_BTD, teacher[0])
 
     def _relation(self, edge: Distillation, _: str, student: Picked, teacher: Picked, seen: Tensor) -> Tensor:
-        heads = edge.relation_heads or self._taps[edge.student].heads
-        _check_heads(edge, heads, [*student.values(), *teacher.values()])
+        heads = self._heads(edge)
         return sum(relation_kl(s, t, heads, seen) for s, t in ((student[i], teacher[i]) for i in range(3)))  # type: ignore[return-value]
+
+    def _heads(self, edge: Distillation) -> int:
+        return edge.relation_heads or self._taps[edge.student].heads
+
+    def _check_heads(self, edge: Distillation, student: Tap, teacher: Tap) -> None:
+        sides = (self._taps[edge.student], student), (self._taps[edge.teacher], teacher)
+        for width in (width for taps, tap in sides for width in taps.widths(tap.layer)):
+            if width % self._heads(edge):
+                raise UserError(
+                    f"edge {edge.teacher!r} -> {edge.student!r}: {self._heads(edge)} relation heads do not divide "
+                    f"queries, keys or values {width} wide; give relation_heads"
+                )
 
     def _with_layers(self, edge: Distillation) -> Distillation:
         if edge.kind == "logits" or edge.layers is not None:
@@ -183,12 +196,3 @@ def _before(batch: Batch, seen: Tensor) -> Tensor:
         return seen
     number_BT = (batch.inputs["position_ids"] == 0).cumsum(1)
     return seen & (number_BT[:, None, :, None] == number_BT[:, None, None, :])
-
-
-def _check_heads(edge: Distillation, heads: int, vectors: Sequence[Tensor]) -> None:
-    for width in (tensor.shape[-1] for tensor in vectors):
-        if width % heads:
-            raise UserError(
-                f"edge {edge.teacher!r} -> {edge.student!r}: {heads} relation heads do not divide queries, keys or "
-                f"values {width} wide; give relation_heads"
-            )

@@ -56,6 +56,12 @@ class Taps:
         if tap.kind == "relation":
             self._projections(tap.layer)
 
+    def widths(self, layer: int) -> list[int]:
+        """Of a layer's queries, keys and values."""
+        parts = self._projections(layer)
+        pieces = 3 // len(parts)
+        return [_width(part) // pieces for part in parts for _ in range(pieces)]
+
     @contextmanager
     def open(self, taps: Iterable[Tap]) -> Iterator[Kept]:
         """Inside, what the layers give is kept; afterwards no hook is left."""
@@ -80,12 +86,17 @@ class Taps:
             by_name.setdefault(name.rpartition(".")[2], part)
         fused = (_FUSED[self._family],) if self._family in _FUSED else None
         for names in _PROJECTIONS if fused is None else (fused,):
-            if all(name in by_name for name in names):
+            if all(name in by_name and _width(by_name[name]) for name in names):
                 return [by_name[name] for name in names]
         raise UserError(
             f"member {self.member!r}: where layer {layer} of a {self._family} has queries, keys and values is not "
             "known; leave out this edge of kind relation, or give a model of another family"
         )
+
+
+def _width(projection: nn.Module) -> int:
+    """What it puts out, as a linear layer or GPT-2's convolution calls it; 0 where it is neither."""
+    return getattr(projection, "out_features", 0) or getattr(projection, "nf", 0)
 
 
 def _keep(kept: Kept, tap: Tap, place: int, pieces: int) -> Callable[[nn.Module, Any, Any], None]:
