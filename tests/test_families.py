@@ -229,6 +229,21 @@ def test_a_model_by_proof_that_mixes_documents_is_refused(name):
     assert built.training
 
 
+def test_a_model_whose_local_layers_have_windows_of_their_own_is_taken_but_for_whole_masks():
+    if "neomme" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no NeoMME, whose local layers have two windows")
+    config = transformers.CONFIG_MAPPING["neomme"](**{**SIZE, "num_hidden_layers": 4, "num_key_value_heads": 1})
+    model = transformers.AutoModelForMaskedLM.from_config(config).eval()
+    built, given = Predictor(model, VOCABULARY), batch(3)
+    logits = model(**given.inputs).logits.flatten(0, 1)[given.rows_N]
+    features = built(given.inputs, given.rows_N)
+    torch.testing.assert_close(built.logits(features), logits[:, :VOCABULARY], rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        UserError, match=r"^members.a: attention_mask: .* have windows of \d+ and \d+; leave data\.within"
+    ):
+        check_documents_apart(built, "members.a")
+
+
 @pytest.mark.parametrize("name", ["xlm-roberta", "albert"])
 def test_a_model_by_proof_that_keeps_documents_apart_is_taken(name):
     check_documents_apart(new(name), "members.a")

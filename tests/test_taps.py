@@ -113,3 +113,23 @@ def test_projections_of_one_that_are_cut_otherwise_are_refused_by_name(multi_que
     built = made(transformers.GPTBigCodeConfig(**_GPT, multi_query=multi_query))
     with pytest.raises(UserError, match="'large': where layer 3 of a gpt_bigcode has queries, keys and values is not"):
         cohort_of(built, predictor("b", family="gpt2"), kind="relation")
+
+
+class LayersOfTheirOwn:
+    """As a transformers configuration whose layers have different numbers of heads, where it is asked for one."""
+
+    model_type, hidden_size = "own", 32
+
+    @property
+    def num_attention_heads(self):
+        raise RuntimeError("'num_attention_heads' is a per-layer attribute")
+
+
+@pytest.mark.parametrize("config", [LayersOfTheirOwn(), transformers.PreTrainedConfig(hidden_size=32)])
+def test_heads_that_a_configuration_does_not_say_are_asked_for(config):
+    model = made(BY_PROOF["mistral"]).model
+    model.config = config
+    taps = Taps(model, model.model.layers, "small")
+    assert (taps.width, taps.widths(1)) == (32, [32, 16, 16])
+    with pytest.raises(UserError, match=r"^member 'small': how many heads its layers have is not known; give relation"):
+        print(taps.heads)

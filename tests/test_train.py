@@ -453,6 +453,20 @@ def test_an_unusable_teacher_is_refused(text, teacher, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_teacher_of_text_in_another_case_is_refused(text, teacher, tmp_path):
+    """Its vocabulary is the run's, and it would be shown words that it never saw."""
+    cased = tmp_path / "cased"
+    shutil.copytree(teacher, cased)
+    tree = json.loads((cased / "tokenizer.json").read_text())
+    tree["normalizer"] = {"type": "NFC"}
+    (cased / "tokenizer.json").write_text(json.dumps(tree))
+    same = small_run("dwt", text, f"members.weak.path={cased}", f"data.tokenizer={cased}", "steps=1")
+    other = small_run("dwt", text, f"members.weak.path={cased}", f"data.tokenizer={teacher}", "steps=1")
+    train(same, tmp_path / "same")
+    refused(r"^members\.weak: .*another way to them.*'The House' is .* to it and the ", other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_another_tokenizer_is_refused_before_text_is_prepared(text, teacher, tmp_path, monkeypatch):
     cache, vocabulary = tmp_path / "cache", tmp_path / "vocab.txt"
     monkeypatch.setenv("CODISTILL_CACHE", str(cache))

@@ -16,7 +16,7 @@ from codistill import schedules
 from codistill.cohort import Cohort
 from codistill.config import Run
 from codistill.data.batches import Batches
-from codistill.data.tokenizers import tokenizer_hash, vocabulary_size
+from codistill.data.tokenizers import encoder_of, tokenizer_hash, vocabulary_size
 from codistill.distributed import ALONE, Ranks
 from codistill.edges import Distillation
 from codistill.errors import UserError
@@ -32,6 +32,9 @@ from codistill.provenance import pre_trained, provenance
 from codistill.scores import unigram_cross_entropy
 from codistill.teacher_cache import TeacherCache, open_for
 from codistill.texts import batches_of, corpora, held_out_of, tokenizer_spec
+
+# Case, accents, figures, what joins words, white space, and signs that are words of their own in some tokenizers.
+_PROBES = ("The House", "Zürich's café", "3,141 km in 2015", "don't re-enter", "one  two\n\tthree", "“yes” … 東京")
 
 
 @dataclass
@@ -249,6 +252,22 @@ def _check_tokenizers(run: Run, ranks: Ranks, tokenizer: PreTrainedTokenizerFast
                 f"({run.data.tokenizer or 'that of its first pre-trained member'}): {_difference(own, tokenizer)}; "
                 "members can teach one another only over one vocabulary"
             )
+        apart = None if own is None else _told_apart(own, tokenizer)
+        if apart is not None:
+            raise UserError(
+                f"members.{name}: {path!r} has the run's tokens and another way to them, as lower case or not: "
+                f"{apart}; name its own tokenizer in data.tokenizer, or give a model that learned from text as the "
+                "run's is"
+            )
+
+
+def _told_apart(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str | None:
+    """A piece of text that becomes other tokens in the two, in words; None where all that are tried are the same."""
+    for text in _PROBES:
+        mine, theirs = (encoder_of(t).encode(text, add_special_tokens=False).tokens for t in (one, other))
+        if mine != theirs:
+            return f"{text!r} is {' '.join(mine)} to it and {' '.join(theirs)} to the run's"
+    return None
 
 
 def _difference(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str:

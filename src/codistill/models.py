@@ -36,7 +36,7 @@ from codistill.families import (
     is_causal,
     is_in_the_table,
     layers_of,
-    local_window,
+    local_windows,
     split,
 )
 from codistill.families.ahead import check_sight, looks_ahead
@@ -79,7 +79,8 @@ class Predictor(nn.Module):
         # Looked up once, because a walk through module names costs more than a tiny model's layer norm. Who gives parts
         # of their own takes a batch's inputs as they are: what these mean is theirs to say.
         self._parts = parts or split(model)
-        self._first_position, self._window = (0, None) if parts else (first_position(model), local_window(model))
+        self._first_position = 0 if parts else first_position(model)
+        self._windows = [] if parts else local_windows(model)
 
     @classmethod
     def from_module(
@@ -105,8 +106,8 @@ class Predictor(nn.Module):
         if self._first_position and "position_ids" in inputs:
             inputs = {**inputs, "position_ids": inputs["position_ids"] + self._first_position}
         mask = inputs.get("attention_mask")
-        if self._window is not None and mask is not None and mask.dim() == 4:
-            by_kind: dict[str, Any] = {"attention_mask": _for_each_kind_of_layer(mask, self._window)}
+        if self._windows and mask is not None and mask.dim() == 4:
+            by_kind: dict[str, Any] = {"attention_mask": _for_each_kind_of_layer(mask, self._windows)}
             inputs = {**inputs, **by_kind}
         with unread_masks(inputs, rows_N.device):
             return self._parts.features(inputs, rows_N)
@@ -150,10 +151,17 @@ class Predictor(nn.Module):
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def _for_each_kind_of_layer(mask_B1TT: Tensor, window: int) -> dict[str, Tensor]:
-    """transformers gives a whole mask to every layer as it is; a local layer needs it cut to its window."""
+def _for_each_kind_of_layer(mask_B1TT: Tensor, windows: Sequence[int]) -> dict[str, Tensor]:
+    """transformers gives a whole mask to every layer as it is; a local layer needs it cut to its window. UserError
+    where local layers have several."""
+    if len(windows) > 1:
+        raise UserError(
+            f"attention_mask: one for each pair of positions, as documents kept apart need it, but the model's local "
+            f"layers have windows of {' and '.join(map(str, windows))}; leave data.within_documents out, or give "
+            "another model"
+        )
     position_T = torch.arange(mask_B1TT.shape[-1], device=mask_B1TT.device)
-    is_far_TT = (position_T[:, None] - position_T).abs() > window
+    is_far_TT = (position_T[:, None] - position_T).abs() > windows[0]
     nothing = False if mask_B1TT.dtype == torch.bool else torch.finfo(mask_B1TT.dtype).min
     return {"full_attention": mask_B1TT, "sliding_attention": mask_B1TT.masked_fill(is_far_TT, nothing)}
 
@@ -180,6 +188,8 @@ def check_documents_apart(predictor: Predictor, field: str) -> None:
         )
         moved = ((one - other).abs().max() / one.abs().max()).item()
         reason = f"with another first document the second one's features move by {moved:.1g}" if moved > 1e-5 else ""
+    except UserError as refusal:
+        raise UserError(f"{field}: {refusal}") from None
     except Exception as failure:  # whatever a stranger's forward raises
         reason = f"{type(failure).__name__} with such inputs"
     finally:

@@ -4,7 +4,7 @@ Shape suffixes: B sequences, T position, D width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Taps:
                 "states; edges of kind hidden and relation need a Hugging Face model with one"
             )
         self.member, self.count, self._layers = member, len(layers), layers
-        self.width, self.heads = getattr(config, "hidden_size", 0), getattr(config, "num_attention_heads", 0)
+        self.width, self._config = getattr(config, "hidden_size", 0), config
         self._family = getattr(config, "model_type", type(model).__name__)
 
     def check(self, tap: Tap) -> None:
@@ -55,6 +55,14 @@ class Taps:
             raise UserError(f"member {self.member!r}: layer {tap.layer} of {self.count}; layers are counted from 1")
         if tap.kind == "relation":
             self._projections(tap.layer)
+
+    @property
+    def heads(self) -> int:
+        """Of attention, as many in every layer; raises UserError where the configuration does not say so."""
+        with suppress(RuntimeError):  # transformers' where layers have numbers of their own
+            if found := getattr(self._config, "num_attention_heads", 0):
+                return found
+        raise UserError(f"member {self.member!r}: how many heads its layers have is not known; give relation_heads")
 
     def widths(self, layer: int) -> list[int]:
         """Of a layer's queries, keys and values."""

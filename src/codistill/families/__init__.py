@@ -25,7 +25,7 @@ __all__ = [
     "is_in_the_table",
     "known_objective",
     "layers_of",
-    "local_window",
+    "local_windows",
     "longest",
     "split",
     "state_of",
@@ -94,13 +94,17 @@ def first_position(model: nn.Module) -> int:
     return 0
 
 
-def local_window(model: nn.Module) -> int | None:
-    """How far the local layers of a masked LM look to either side, where it has such layers beside global ones."""
+def local_windows(model: nn.Module) -> list[int]:
+    """How far the local layers of a masked LM look to either side, where it has such layers beside global ones: one
+    window as a rule, or all that there are."""
     config = getattr(model, "config", None)
-    has_local = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    if not has_local or is_causal(model):
-        return None
-    return cast(int | None, getattr(config, "sliding_window", None))
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()) or is_causal(model):
+        return []
+    try:
+        windows = [getattr(config, "sliding_window", None)]
+    except RuntimeError:  # transformers has each layer say its own
+        windows = [layer.sliding_window for layer in cast(PreTrainedConfig, config).per_layer_config]
+    return sorted({window for window in windows if window is not None})
 
 
 def longest(model: PreTrainedModel) -> int | None:
