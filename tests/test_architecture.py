@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "codistill"
 # Rooms from the ground up, as docs/architecture.md draws them: a room uses only what stands on a lower floor.
 FLOORS = [
     {"errors", "seeds", "blocks"},
-    {"progress", "files", "folders", "own_code"},
+    {"progress", "files", "folders", "own_code", "torchrun"},
     {"distributed"},
     {"schedules", "divergences", "machine", "data", "checkpoint"},
     {"config"},

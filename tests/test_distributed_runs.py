@@ -141,10 +141,13 @@ def test_what_the_ranks_cannot_do_is_refused_and_said_once(text, tmp_path):
 # ---- under torchrun ----------------------------------------------------------------------------
 
 
-def torchrun(folder: Path, arguments: list[str], *options: str) -> subprocess.Popen:
+COMMAND = "from codistill.cli import main\nmain()\n"
+
+
+def torchrun(folder: Path, arguments: list[str], *options: str, script: str = COMMAND) -> subprocess.Popen:
     """`codistill ARGUMENTS` on two ranks; its output goes to a file, so that nobody holds a pipe open."""
-    script = folder / "command.py"
-    script.write_text("from codistill.cli import main\nmain()\n")
+    file = folder / "command.py"
+    file.write_text(script)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *options]
     # Without the last one, processes that torchrun starts anew wait for ever for those it has ended (torch 2.13, gloo).
     settings = {
@@ -154,7 +157,7 @@ def torchrun(folder: Path, arguments: list[str], *options: str) -> subprocess.Po
     }
     with (folder / "output.txt").open("w") as output:
         return subprocess.Popen(
-            [*command, str(script), *arguments],
+            [*command, str(file), *arguments],
             env={**os.environ, **settings},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -184,6 +187,32 @@ def ended(process: subprocess.Popen, folder: Path) -> str:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     return (folder / "output.txt").read_text()
+
+
+THREADS = """
+import atexit, os
+from pathlib import Path
+
+def threads():
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    print("left at the end:", [name for name in names if "gloo" in name])
+
+atexit.register(threads)  # before codistill's own, so it runs after that
+from codistill.cli import main
+main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the names of threads are read from /proc")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_thread_of_gloo_outlives_the_run(engine, text, tmp_path):
+    """One that lets go of a tensor while Python ends aborts a run that was done."""
+    (tmp_path / "run.yaml").write_text(to_yaml(small_run("ctcd", text, "steps=2", f"distributed={engine}")))
+    arguments = ["train", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "run"), "--device", "cpu"]
+    process = torchrun(tmp_path, arguments, script=THREADS)
+    output = ended(process, tmp_path)
+    assert process.returncode == 0, output
+    assert output.count("left at the end: []") == 2, output
 
 
 @pytest.mark.slow

@@ -12,17 +12,13 @@ module, so a weight that is used outside its forward (an output embedding in a f
 Nothing here knows what a member is.
 """
 
-import atexit
 import hashlib
 import math
 import os
-import socket
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -32,14 +28,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from codistill.errors import FailedElsewhere, MachineError, UserError
 from codistill.files import machine_error
+from codistill.torchrun import Engine, connected, device_of, engine_of
 
-Engine = Literal["single", "ddp", "fsdp2"]
 Result = TypeVar("Result")
 
 _BUCKET_BYTES = 32 * 2**20
 _MESSAGE_BYTES = 1000
-# Ranks wait for one another while one of them turns text into tokens; a dead peer is noticed at once all the same.
-_PATIENCE = timedelta(days=1)
 
 
 @dataclass
@@ -233,25 +227,14 @@ def start(engine: str = "auto", device: str | None = None) -> Ranks:
     `engine`: auto is ddp where torchrun started several processes, else single. `device`: cpu, cuda or cuda:N, by
     default a GPU of this process's own if there is one. Raises UserError for what does not fit together.
     """
-    chosen = _engine(engine)
-    place = _device(device, chosen)
+    chosen = engine_of(engine)
+    place = device_of(device, chosen)
     if chosen == "single":
         if place.index is not None:
             torch.cuda.set_device(place)  # so that what asks for "the GPU" (synchronising, Triton) means this one
         return Ranks(device=place)
-    control = _connected(place.type)
+    control = connected(place.type)
     return Ranks(chosen, dist.get_rank(), dist.get_world_size(), place, control)
-
-
-def restarted() -> bool:
-    """Whether torchrun has started this process anew because one of its processes had failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def job() -> str:
-    """What tells the job of this process from others: the agent that started it, or itself where there is none."""
-    agent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
-    return f"{socket.gethostname()} {agent} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -265,55 +248,6 @@ def like(whole_tensor: Tensor, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return moved
     return distribute_tensor(moved, tensor.device_mesh, tensor.placements, src_data_rank=None)
-
-
-# ---- starting ----------------------------------------------------------------------------------
-
-
-def _engine(asked: str) -> Engine:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if asked == "auto":
-        return "ddp" if world > 1 else "single"
-    if asked == "single" and world > 1:
-        raise UserError(f"distributed: single, but torchrun started {world} processes; use auto, ddp or fsdp2")
-    if asked != "single" and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            f"distributed: {asked} needs several processes; start them with "
-            "`torchrun --nproc-per-node=N --no-python codistill train …`, or use auto"
-        )
-    return cast(Engine, asked)
-
-
-def _device(asked: str | None, engine: Engine) -> torch.device:
-    try:
-        device = torch.device(asked or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"--device {asked}: there is no such device; give cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {asked}: {device.type} is not supported; give cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {asked}: PyTorch sees {torch.cuda.device_count()} GPUs here; give another, or cpu")
-    if engine == "single" or device.type != "cuda":
-        return device
-    if device.index is not None:
-        raise UserError(f"--device {asked}: torchrun gives each process a GPU of its own; give cuda, or leave it out")
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > (count := torch.cuda.device_count()):
-        raise UserError(f"torchrun --nproc-per-node: this node has {count} GPUs; start at most one process for each")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-
-@cache
-def _connected(device_type: str) -> dist.ProcessGroup:
-    """Connects once in a process's life: a second attempt would find the addresses of the first."""
-    if not dist.is_initialized():
-        if device_type == "cuda":
-            place = _device("cuda", "ddp")
-            torch.cuda.set_device(place)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=place)
-        else:
-            dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
 # ---- gradients ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from codistill.claim import JOB, in_use
 from codistill.config import Run
 from codistill.costs import member_flops
 from codistill.data.saved_tokenizer import tokenizer_to_save
-from codistill.distributed import Ranks, job
+from codistill.distributed import Ranks
 from codistill.errors import UserError
 from codistill.families import longest
 from codistill.files import (
@@ -35,6 +35,7 @@ from codistill.history import DETERMINING, parts, tokens_by
 from codistill.loading import load, read_run, to_yaml
 from codistill.model_card import model_card
 from codistill.scores import Score
+from codistill.torchrun import job
 from codistill.watch import NonFiniteError
 
 

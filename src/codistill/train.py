@@ -39,6 +39,7 @@ from codistill.run_folder import (
     open_folder,
 )
 from codistill.scores import Score, held_out
+from codistill.torchrun import restarted
 from codistill.tracking import Tracker, check_installed
 from codistill.watch import NonFiniteError
 
@@ -73,7 +74,7 @@ def train(
     if run.deterministic:
         be_deterministic()
     ranks = distributed.start(run.distributed, device)
-    if ranks.broadcast_int(int(distributed.restarted() and is_of_this_job(out))):
+    if ranks.broadcast_int(int(restarted() and is_of_this_job(out))):
         resume, fresh = True, False  # whatever the command was: what this job has done so far is there
         if ranks.is_main:
             print(f"torchrun started the processes anew; going on with what is in {out}", file=sys.stderr)
