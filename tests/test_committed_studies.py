@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from codistill.study.find import find_study
 from codistill.study.grids import STUDIES
 from codistill.study.rerun import compare, counts, write_comparison
 from codistill.study.run import Request, known_cells, tabulate
@@ -87,12 +86,3 @@ def test_the_page_about_reruns_counts_right():
     page = (STUDIES_HERE / "elsewhere" / "README.md").read_text().replace("`", "")
     for name, of in found.items():
         assert f"| {name} | {' | '.join(str(of[key]) for key in keys)} |" in page
-
-
-@pytest.mark.parametrize("place", ["there", "here"])
-def test_the_one_that_turned_is_with_five_seeds_what_its_cells_say(place, tmp_path):
-    folder = STUDIES_HERE / "elsewhere" / "dwt-remapping" / "five-seeds"
-    copy = shutil.copytree(folder / place, tmp_path / place)
-    tabulate(Request(find_study(str(folder / "study.py")), SCALES["tiny"], 5, copy))
-    for name in ("results.json", "table.md"):
-        assert (copy / name).read_text() == (folder / place / name).read_text()
