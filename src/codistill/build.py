@@ -263,8 +263,9 @@ def _check_tokenizers(run: Run, ranks: Ranks, tokenizer: PreTrainedTokenizerFast
 
 def _told_apart(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str | None:
     """A piece of text that becomes other tokens in the two, in words; None where all that are tried are the same."""
+    encoders = encoder_of(one), encoder_of(other)
     for text in _PROBES:
-        mine, theirs = (encoder_of(t).encode(text, add_special_tokens=False).tokens for t in (one, other))
+        mine, theirs = (encoder.encode(text, add_special_tokens=False).tokens for encoder in encoders)
         if mine != theirs:
             return f"{text!r} is {' '.join(mine)} to it and {' '.join(theirs)} to the run's"
     return None
