@@ -30,6 +30,36 @@ def test_overrides_reach_every_part():
     assert (run.distillation[0].weight, run.distillation[1].weight) == (1.0, {"linear": [4, 1]})
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1e-3",
+        "1E5",
+        "1_0e2",
+        ".5",
+        "yes",
+        "true",
+        "null",
+        "0x1f",
+        "0o7",
+        "1:30",
+        "2026-11-24",
+        "<<",
+        "=",
+        "- a",
+        "a: b",
+        "#",
+        "é",
+        " ",
+    ],
+)
+def test_text_that_looks_like_something_else_stays_text(name):
+    """As the folder of a sweep over learning rates, or a column, may be called."""
+    run = load({"data": {"column": name, "train": [name]}, "members": {"a": {"path": name}}})
+    assert (run.data.column, run.members["a"].path) == (name, name)
+    assert load(parse_yaml(to_yaml(run), "test")) == run
+
+
 def test_a_schedule_of_steps_round_trips():
     run = load({"members": {"a": {"model": {}, "lr": {"step": {0: 1e-3, 100: 1e-4}}}}})
     assert load(parse_yaml(to_yaml(run), "test")) == run

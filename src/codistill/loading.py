@@ -235,6 +235,8 @@ def _represent_list(dumper: _Dumper, items: list) -> yaml.Node:
 
 
 _Dumper.add_representer(list, _represent_list)
+# So that text which `_Loader` takes for a number, as a folder called 1e-3, is written in quotes.
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _assign(tree: Any, keys: list[str], value: Any, path: str) -> None:
