@@ -215,6 +215,15 @@ def test_no_thread_of_gloo_outlives_the_run(engine, text, tmp_path):
     assert output.count("left at the end: []") == 2, output
 
 
+def test_a_loop_of_ones_own_may_end_the_connection(tmp_path):
+    """As PyTorch asks for: nothing is said of it as Python ends."""
+    script = "from codistill.distributed import start\nimport torch.distributed as dist\n"
+    script += "start('ddp', 'cpu')\ndist.destroy_process_group()\n"
+    process = torchrun(tmp_path, [], script=script)
+    assert "Traceback" not in ended(process, tmp_path)
+    assert process.returncode == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_rank_that_is_killed_costs_no_bit(engine, text, tmp_path):

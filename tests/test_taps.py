@@ -132,4 +132,4 @@ def test_heads_that_a_configuration_does_not_say_are_asked_for(config):
     taps = Taps(model, model.model.layers, "small")
     assert (taps.width, taps.widths(1)) == (32, [32, 16, 16])
     with pytest.raises(UserError, match=r"^member 'small': how many heads its layers have is not known; give relation"):
-        print(taps.heads)
+        _ = taps.heads

@@ -84,7 +84,8 @@ def _disconnect() -> None:
     """Ends the groups, and with them gloo's threads: one that lets go of a tensor only when Python ends would take the
     process with it, long after its work was done (pytorch/pytorch issue 190489)."""
     connected.cache_clear()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a loop of one's own may have ended it
+        dist.destroy_process_group()
     with suppress(ImportError, AttributeError):  # PyTorch's own names; what these clear holds FSDP2's group for good
         from torch.distributed.tensor import _redistribute
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
