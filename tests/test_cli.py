@@ -99,6 +99,14 @@ def test_answers_that_need_no_torch_import_none(arguments):
     )
 
 
+def test_it_runs_as_a_module():
+    command = [sys.executable, "-m", "codistill", "train", "ctcd", "--set", "nosuch=1"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT / "src")})
+    assert done.returncode == 2
+    assert done.stderr.startswith("codistill: ")
+    assert "nosuch" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

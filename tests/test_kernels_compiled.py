@@ -100,6 +100,17 @@ def test_float32_is_as_exact_as_plain_pytorch():
 
 
 @pytest.mark.usefixtures("compiler")
+def test_a_small_divergence_keeps_its_digits_in_float32():
+    """As in test_kernels_precision: Bregman's form, of all three divergences in one function."""
+    case = close_members(0.03, 20.0)
+    case.hidden = {m: h.float() for m, h in case.hidden.items()}
+    case.edges = [Edge("ann", "bob", 1.0, 1.0, kind) for kind in ("forward_kl", "reverse_kl", "jensen_shannon")]
+    true, plain = oracle(case)[2], oracle(case, torch.float32)[2]
+    for ours, theirs, exact in zip(compiled(case).soft, plain, true, strict=True):
+        assert error(ours, exact) < error(theirs, exact) / 3
+
+
+@pytest.mark.usefixtures("compiler")
 def test_the_gradient_of_a_small_kl_keeps_its_digits_under_autocast():
     case = train(close_members(0.03))
     exact = case.to(torch.float64)

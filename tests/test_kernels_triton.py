@@ -1,5 +1,6 @@
 """The Triton kernel against the oracle: in its interpreter on any machine, and on the GPU where there is one."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from codistill.kernels import Edge
+from codistill.kernels import Edge, head
 from cohort_cases import (
     NAMES,
     close_members,
@@ -89,6 +90,18 @@ def test_odd_shapes(impl, rows, vocabulary):
 
 
 @kernel
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_logits_far_apart_in_different_blocks_do_not_overflow(impl):
+    """The sums so far are scaled to the highest peak, in whichever block: e^1000 is more than float64 holds."""
+    edges = [Edge("ann", "bob", 1.0, 2.0), Edge("bob", "ann", 1.0, 1.0, "reverse_kl")]
+    case = make(rows=3, vocabulary=5000, edges=edges).on(DEVICE)
+    with torch.no_grad():
+        case.bias["ann"][0] += 1000
+        case.bias["bob"][4500] += 1000
+    assert worst_error(case, impl=impl) < 1e-12
+
+
+@kernel
 def test_agrees_with_the_other_implementations_on_padded_weights():
     case = make(edges=[Edge("ann", "bob"), Edge("bob", "ann")]).on(DEVICE)
     case.labels = case.labels % 9
@@ -126,6 +139,22 @@ def test_three_ways(impl, dtype, divergence, monkeypatch):
     chance = 4 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 0.1 * torch.finfo(dtype).eps
     for name in true:
         assert error(ours[name], true[name]) <= ROUNDING * error(plain[name], true[name]) + chance, name
+
+
+@kernel
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_members_of_different_types(impl, monkeypatch):
+    """Gradients of float32 and of bfloat16 members lie over their logits at different distances from row to row."""
+    if DEVICE == "cpu":
+        multiply_as_on_cuda(monkeypatch)
+        monkeypatch.setattr(head, "_products", lambda hidden: (hidden.dtype, contextlib.nullcontext))
+    edges = [Edge("ann", "bob"), Edge("bob", "ann")]
+    case = make(rows=20, vocabulary=1000, edges=edges).to(torch.float32).on(DEVICE)
+    case.hidden["bob"] = case.hidden["bob"].detach().bfloat16().requires_grad_()
+    exact = case.to(torch.float64)
+    true, ours = gradients(exact, oracle(exact)[0]), gradients(case, case.loss(impl=impl).total)
+    for name in true:
+        assert error(ours[name], true[name]) <= 2 * torch.finfo(torch.bfloat16).eps, name
 
 
 @kernel
