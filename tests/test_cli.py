@@ -85,6 +85,17 @@ def test_want_of_memory_is_one_line_and_status_1(message, monkeypatch, capsys):
         main(["show", "ctcd"])
 
 
+def test_a_failure_of_the_compiler_is_one_line_and_status_1(monkeypatch, capsys):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def fail(*_):
+        raise TorchDynamoException("KeyError: 'buf10'\n\nSet TORCHDYNAMO_VERBOSE=1 for more")
+
+    monkeypatch.setattr("codistill.cli.run.resolve", fail)
+    assert status("show", "ctcd") == 1
+    assert capsys.readouterr().err == "codistill: PyTorch's compiler failed: KeyError: 'buf10'; set compile: false\n"
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["recipes"], ["show", "ctcd"], ["train", "--help"], ["train", "ctcd", "--set", "x=1"]]
 )

@@ -212,6 +212,8 @@ def test_no_thread_of_gloo_outlives_the_run(engine, text, tmp_path):
     process = torchrun(tmp_path, arguments, script=THREADS)
     output = ended(process, tmp_path)
     assert process.returncode == 0, output
+    if engine == "fsdp2" and torch.__version__ < "2.13":  # compares versions, not words
+        pytest.skip("PyTorch before 2.13 holds FSDP2's group where Python cannot let go of it")
     assert output.count("left at the end: []") == 2, output
 
 

@@ -87,6 +87,34 @@ def test_compiled_with_a_frozen_member_squared_errors_and_rows_for_alignment():
     assert compiled(padded, chunk_rows=4, vocabulary=40).total == compiled(case, chunk_rows=4).total
 
 
+def test_what_the_compiler_fails_at_is_computed_as_it_is_written(monkeypatch, capsys):
+    """By itself: another structure, or a block of a single row, may compile."""
+    asked = []
+
+    def compiled_block(*arguments):
+        asked.append((len(arguments[-1].edges), len(arguments[1])))
+        if asked[-1] == (2, 5):
+            raise torch._dynamo.exc.TorchDynamoException("KeyError: 'buf10'\nand much more")
+        return compiled_rows.solve_block(*arguments)
+
+    monkeypatch.setattr(compiled_rows, "_compiled", lambda: compiled_block)
+    monkeypatch.setattr(compiled_rows, "_uncompiled", set())
+    assert worst_error(make(rows=11, edges=BOTH_WAYS), impl="chunked", compiled=True, chunk_rows=5) < 1e-12
+    assert worst_error(make(rows=5, edges=BOTH_WAYS[:1]), impl="chunked", compiled=True, chunk_rows=5) < 1e-12
+    assert asked == [(2, 5), (2, 1), (1, 5)]
+    said = "codistill: continuing without compilation of the loss, in which PyTorch failed: KeyError: 'buf10'\n"
+    assert capsys.readouterr().err == said
+
+
+def test_any_other_error_of_the_loss_is_raised(monkeypatch):
+    def failing(*_):
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(compiled_rows, "_compiled", lambda: failing)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        compiled(make(rows=5))
+
+
 @pytest.mark.usefixtures("compiler")
 def test_float32_is_as_exact_as_plain_pytorch():
     edges = [Edge("ann", "bob", 1.0, 2.0), Edge("bob", "ann", 1.0, 1.0, "jensen_shannon")]

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import sys
+from collections.abc import Iterable
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -23,6 +25,17 @@ def best_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
     # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of each package; of PyTorch with its build (2.13.0+cu130), which what was installed need not say."""
+    return {name: str(torch.__version__) if name == "torch" else version(name) for name in packages}
+
+
+def is_compiler_failure(error: BaseException) -> bool:
+    """Whether PyTorch's compiler raised it: before what was to be compiled has computed anything."""
+    compiler = sys.modules.get("torch._dynamo.exc")  # nobody who has not compiled pays for its import
+    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
 
 
 def autocast(device_type: str, precision: torch.dtype) -> torch.autocast:

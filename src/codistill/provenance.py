@@ -5,7 +5,6 @@ import json
 import platform
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from codistill.config import Run
 from codistill.data.corpus import Corpus
 from codistill.data.tokenizers import special_tokens_of, tokenizer_hash
 from codistill.files import sha256
+from codistill.machine import versions
 from codistill.own_code import file_of, is_own
 
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
@@ -27,7 +27,7 @@ def provenance(
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("codistill", "torch", "transformers", "tokenizers")},
+            **versions(("codistill", "torch", "transformers", "tokenizers")),
         },
         "machine": {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),

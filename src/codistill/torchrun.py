@@ -6,7 +6,7 @@ import os
 import socket
 from contextlib import suppress
 from datetime import timedelta
-from functools import cache
+from functools import _lru_cache_wrapper, cache
 from typing import Literal, cast
 
 import torch
@@ -86,11 +86,16 @@ def _disconnect() -> None:
     connected.cache_clear()
     if dist.is_initialized():  # a loop of one's own may have ended it
         dist.destroy_process_group()
-    with suppress(ImportError, AttributeError):  # PyTorch's own names; what these clear holds FSDP2's group for good
-        from torch.distributed.tensor import _redistribute
+    # DTensor's caches hold FSDP2's group for good: those that Python keeps for it, and two of its own.
+    for cached in [each for each in gc.get_objects() if type(each) is _lru_cache_wrapper]:  # asks no proxy what it is
+        if cached.__module__.startswith("torch.distributed."):
+            cached.cache_clear()
+    with suppress(ImportError):
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
         _clear_sharding_prop_cache()
-        _redistribute.clear_redistribute_planner_cache()
-        _redistribute._gen_transform_infos.cache_clear()
+    with suppress(ImportError):
+        from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+
+        clear_redistribute_planner_cache()
     gc.collect()

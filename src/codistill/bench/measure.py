@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from codistill.errors import UserError, did_you_mean
 from codistill.files import to_json
+from codistill.machine import versions
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -115,14 +116,13 @@ def place_of(device: str) -> torch.device:
 
 def machine(device: str, packages: tuple[str, ...] = ()) -> dict:
     """What the numbers were measured on: processor or GPU, threads, versions of `packages` that are installed."""
-    versions = {name: metadata.version(name) for name in ("torch", *packages) if _installed(name)}
     found = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "packages": versions,
+        "packages": versions(filter(_installed, ("torch", *packages))),
     }
     if device == "cuda":
         found["memory_bytes"] = torch.cuda.get_device_properties(0).total_memory

@@ -25,21 +25,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except MachineError as error:
         _fail(str(error), 1)
     except (RuntimeError, MemoryError) as error:
-        _fail_without_memory(error)
+        _fail_by_machine(error)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except FailedElsewhere as error:  # of several processes that torchrun started, another says why
         sys.exit(error.args[0])
 
 
-def _fail_without_memory(error: BaseException) -> None:
-    """Ends with a line where `error` is want of memory, and raises it again where it is not."""
-    from codistill.machine import is_out_of_memory  # imports torch, as whatever raised this has
+def _fail_by_machine(error: BaseException) -> None:
+    """Ends with a line where `error` is want of memory or PyTorch's compiler's, and raises it again where it is not."""
+    from codistill.machine import is_compiler_failure, is_out_of_memory  # import torch, as whatever raised this has
 
-    if not is_out_of_memory(error):
+    if is_out_of_memory(error):
+        remedy = "lower batch.sequences, raise batch.accumulate, or set gradient_checkpointing"
+        _say(f"out of memory: {first_line(error)}; for a run, {remedy}")
+    elif is_compiler_failure(error):
+        _say(f"PyTorch's compiler failed: {first_line(error)}; set compile: false")
+    else:
         raise error
-    remedy = "lower batch.sequences, raise batch.accumulate, or set gradient_checkpointing"
-    _say(f"out of memory: {first_line(error)}; for a run, {remedy}")
     sys.exit(1)  # on whichever rank it happens: the others do not know
 
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from codistill.evaluate.server import write_predictions
 from codistill.evaluate.subjects import Subject, find_models, load_subject
 from codistill.evaluate.zero_shot import blimp_job, find_text, mlm_job
 from codistill.files import write_file
-from codistill.machine import best_precision
+from codistill.machine import best_precision, versions
 from codistill.progress import Advance, silent
 
 
@@ -202,7 +201,7 @@ def _results(
         "precision": str(plan.precision).removeprefix("torch."),
         "device": plan.device.type,
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("codistill", "torch", "transformers", "tokenizers")},
+        "versions": versions(("codistill", "torch", "transformers", "tokenizers")),
         "models": {
             one.name: {"parameters": one.model.num_parameters(), "content": one.content} for one in plan.subjects
         },

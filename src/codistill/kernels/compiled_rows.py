@@ -6,6 +6,7 @@ V vocabulary, M members, E edges.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -13,10 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from codistill.errors import first_line
 from codistill.kernels.head import GivenHead, Head
 from codistill.kernels.problem import Problem
 from codistill.kernels.rows import Softmax, rows_per_block
-from codistill.machine import allow_variants
+from codistill.machine import allow_variants, is_compiler_failure
 
 
 class _Edge(NamedTuple):
@@ -52,15 +54,43 @@ def sweep(problem: Problem, heads: dict[str, Head | GivenHead], logits: dict[str
         given = (block, labels_C[part, None], scale_C[part, None])
         for tensor in (*block, *given[1:]):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        hard_MC[:, part], soft_EC[:, part], at_label_TC[:, part] = _compiled()(*given, bias, *weights, structure)
+        hard_MC[:, part], soft_EC[:, part], at_label_TC[:, part] = _solved(*given, bias, *weights, structure)
     names = list(heads)
     return hard_MC, soft_EC, {names[m]: at_label_TC[i] for i, m in enumerate(structure.trained)}
+
+
+# Where PyTorch's compiler failed, by what it compiles anew for: a structure, and whether a block is a single row. So
+# a run that is resumed fails, and goes on, where the straight one did.
+_uncompiled: set[tuple[_Structure, bool]] = set()
+
+
+def _solved(logits, labels_R1, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    """`solve_block`, compiled; as it is written where the compiler fails, which a line on stderr says once."""
+    key = (rest[-1], len(labels_R1) == 1)
+    if key not in _uncompiled:
+        try:
+            return _compiled()(logits, labels_R1, *rest)
+        except RuntimeError as error:
+            if not is_compiler_failure(error):
+                raise
+            _uncompiled.add(key)
+            print(
+                "codistill: continuing without compilation of the loss, in which PyTorch failed: " + first_line(error),
+                file=sys.stderr,
+            )
+    return solve_block(logits, labels_R1, *rest)
 
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     allow_variants()  # each structure of members and edges that weigh something is one
-    return torch.compile(solve_block, fullgraph=True)
+    # Everything in one loop over the logits, however often a softmax is read: faster than the compiler's own choice of
+    # what to keep, and PyTorch 2.15 fails on what it would keep where a trained member only teaches.
+    one_loop: dict[str, str | int | bool | Callable] = {
+        "realize_reads_threshold": 1000,
+        "realize_opcount_threshold": 1000,
+    }
+    return torch.compile(solve_block, fullgraph=True, options=one_loop)
 
 
 def solve_block(
