@@ -99,7 +99,6 @@ def batch_of(encoded: Encoded, rows: np.ndarray, label_N: np.ndarray | None) -> 
         {name: torch.from_numpy(array) for name, array in inputs.items()},
         torch.arange(len(rows)),
         torch.from_numpy(labels),
-        sample_ids=tuple(rows.tolist()),
     )
 
 
