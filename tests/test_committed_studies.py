@@ -42,6 +42,12 @@ def test_every_committed_cell_belongs_to_the_study(folder):
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_the_command_of_the_page_makes_this_table_and_none_of_fewer_seeds(folder):
+    request = request_of(folder)
+    assert request.seeds == request.study.seeds
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_page_has_a_question_an_answer_a_machine_and_its_figure(folder):
     page = (folder / "README.md").read_text()
     for part in ("## Question", "## Answer", "## Machine", "![", "codistill study"):

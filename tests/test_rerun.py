@@ -99,7 +99,7 @@ def test_the_command_prints_and_writes_the_comparison(tmp_path, capsys):
     out = tmp_path / "again"
     shutil.copytree(folder / "cells", out / "cells")
     main(["study", "dwt-temperature", "--out", str(out), "--against", str(folder)])
-    answer = "Of 7 differences shown there, 7 have the same sign here."
+    answer = "Of 13 differences shown there, 13 have the same sign here."
     assert answer in capsys.readouterr().out
     page = (out / "rerun.md").read_text()
     assert answer in page

@@ -21,7 +21,9 @@ def study(
     out: Annotated[Path, Parameter(help="The study's folder; what it holds already is not trained again.")],
     scale: Annotated[str, Parameter(help="tiny (CPU), small (one GPU) or paper (as published).")] = "tiny",
     data: Annotated[Path | None, Parameter(help="A folder with text/, blimp/, glue/ (docs/studies.md).")] = None,
-    seeds: Annotated[int | None, Parameter(help="Seeds of each arm; by default the study's own, 5 or 3.")] = None,
+    seeds: Annotated[
+        int | None, Parameter(help="Seeds of each arm; by default the study's own number, 5 for those that are here.")
+    ] = None,
     jobs: Annotated[int | None, Parameter(help="Processes at once; by default one per GPU or core.")] = None,
     against: Annotated[
         Path | None, Parameter(help="This study's folder from elsewhere: which of its differences keep their sign?")

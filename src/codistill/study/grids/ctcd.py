@@ -159,6 +159,7 @@ COMBINED = Study(
         Contrast("alone: deep-thin − plain", "alone-deep-thin/small", "alone-small/small"),
     ],
     curves=["alone-small/small", "offline/small", "both/small", "offline-deep-thin/small", "both-deep-thin/small"],
+    seeds=SEEDS_FOR_A_HEADLINE,
 )
 
 PAIRS = (CTCD, COMBINED)

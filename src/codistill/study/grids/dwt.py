@@ -71,6 +71,7 @@ TEACHER_QUALITY = Study(
         Contrast("label smoothing, weight 0.1 − alone", "smoothing-tenth/large", ALONE),
     ],
     curves=[ALONE, "dwt-weak/large", "dwt-very-weak/large", "dwt-extremely-weak/large", "smoothing/large"],
+    seeds=SEEDS_FOR_A_HEADLINE,
 )
 
 
@@ -145,6 +146,7 @@ TEMPERATURE = Study(
         for t in _TEMPERATURES
     ],
     curves=[ALONE, *(f"{_heat('extremely-weak', t)}/large" for t in _TEMPERATURES)],
+    seeds=SEEDS_FOR_A_HEADLINE,
 )
 
 
@@ -225,6 +227,7 @@ REMAPPING = Study(
         Contrast(f"random: rate × {_LOWER:g} − whole", "random-low/large", ALONE),
     ],
     curves=[ALONE, "dwt-weak/large", "repeat-last/large", "dwt-repeat-last/large", "stack/large", "replicate/large"],
+    seeds=SEEDS_FOR_A_HEADLINE,
 )
 
 DWT = (TEACHER_QUALITY, SOFT_WEIGHT, TEMPERATURE, REMAPPING)
