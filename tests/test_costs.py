@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForMaskedLM, DebertaV2Config, DebertaV2ForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from codistill.build import build
 from codistill.config import DistillationConfig, MemberConfig, Run
@@ -76,6 +77,25 @@ def test_peers_pay_for_themselves(text, tmp_path):
     flops = of_members(train(small_run("ctcd", text, "steps=2"), tmp_path / "run"))
     assert [of["teachers"] for of in flops.values()] == [0, 0]
     assert flops["large"]["own"] > flops["small"]["own"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_in_a_models_file_is_counted_as_its_python(monkeypatch):
+    """As transformers before 5.23 has it in DeBERTa's, where a run failed at its end."""
+    config = DebertaV2Config(
+        **{"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        **{"intermediate_size": 32, "relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]},
+    )
+    model = DebertaV2ForMaskedLM(config)
+    name = "make_log_bucket_position"
+    found = getattr(modeling_deberta_v2, name)
+    plain = getattr(found, "_torchdynamo_inline", found)
+    monkeypatch.setattr(modeling_deberta_v2, name, plain)
+    expected = pass_flops(model, sequences=2, length=12, rows=3)
+    scripted = torch.jit.script(plain)
+    monkeypatch.setattr(modeling_deberta_v2, name, scripted)
+    assert pass_flops(model, sequences=2, length=12, rows=3) == expected
+    assert getattr(modeling_deberta_v2, name) is scripted
 
 
 def test_a_run_uses_only_the_tokens_it_is_given(text, tmp_path):

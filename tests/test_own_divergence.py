@@ -42,8 +42,8 @@ def test_it_trains_as_the_named_one_that_it_repeats(text, file, tmp_path):
     own = train(run_with(text, f"{file}:kl"), tmp_path / "own")
     named = train(run_with(text, "forward_kl"), tmp_path / "named")
     other = train(run_with(text, "reverse_kl"), tmp_path / "other")
-    assert losses(own) == pytest.approx(losses(named), rel=1e-5)
-    assert losses(own) != pytest.approx(losses(other), rel=1e-5)
+    assert losses(own) == pytest.approx(losses(named), rel=1e-6)
+    assert losses(own) != pytest.approx(losses(other), rel=1e-6)
     card = (own / "members" / "small" / "README.md").read_text()
     assert "mine.py:kl" in card
     assert str(tmp_path) not in card

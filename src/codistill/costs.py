@@ -3,8 +3,9 @@
 Both are found by running it on fake tensors, which have shapes and types and no numbers, so no family needs a formula.
 """
 
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,7 @@ def forward_cost(
             return tensor
 
         with (
+            _as_python(type(model)),
             FlopCounterMode(display=False, custom_mapping=_FLOPS) as counter,
             saved_tensors_hooks(keep, lambda tensor: tensor),
             autocast("cpu", precision),
@@ -159,6 +161,19 @@ def _steps_taught(run: Run, steps: range, edges: Iterable[DistillationConfig]) -
     """In how many steps some of `edges` weighs something, and its teacher is run and not read from a cache."""
     weights = [schedules.build(e.weight, run.steps) for e in edges if run.members[e.teacher].cached is None]
     return sum(any(weight(step) for weight in weights) for step in steps)
+
+
+@contextmanager
+def _as_python(model: type[PreTrainedModel]) -> Iterator[None]:
+    """TorchScript cannot compute with fake tensors: what a model's file has in it (DeBERTa's before transformers 5.23)
+    runs as the Python that it was made from."""
+    names = vars(sys.modules[model.__module__])
+    scripted = {name: found for name, found in names.items() if isinstance(found, torch.jit.ScriptFunction)}
+    names |= {name: getattr(found, "_torchdynamo_inline", found) for name, found in scripted.items()}
+    try:
+        yield
+    finally:
+        names |= scripted
 
 
 def _faked(model: PreTrainedModel) -> PreTrainedModel:

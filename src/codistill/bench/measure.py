@@ -85,7 +85,7 @@ def peak_bytes(step: Callable[[], None], device: str) -> int | None:
 def live_bytes(step: Callable[[], object]) -> int:
     """The most that tensors on the CPU took at once in one run, beyond what they took before it, by the profiler's
     count of every allocation: without what a library or the allocator keeps for itself."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         step()
     events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
     now = most = 0
