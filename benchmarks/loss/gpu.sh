@@ -4,10 +4,10 @@
 # A test that fails is the exit status, and keeps nothing from being measured. Peers are measured if installed:
 #   pip install liger-kernel flash-linear-attention fla-core cut-cross-entropy quack-kernels
 set -eu
-export PYTHONPATH=src
+export PYTHONPATH="src:${PYTHONPATH:-}:.gpu/site"
 failed=0
 trap 'if [ -n "${OUT:-}" ]; then cp benchmarks/loss/gpu-*.json "$OUT" || true; fi' EXIT
-timeout 200 python -m pytest tests/test_kernels_triton.py -q -n 8 -m "slow or not slow" \
+timeout 200 python3 -m pytest tests/test_kernels_triton.py -q -n 8 -m "slow or not slow" \
     --deselect tests/test_kernels_triton.py::test_in_the_interpreter || failed=$?
-timeout 380 python benchmarks/loss/measure.py gpu || failed=$?
+timeout 380 python3 benchmarks/loss/measure.py gpu || failed=$?
 exit "$failed"
