@@ -18,7 +18,7 @@ BOTH_WAYS = [Edge("ann", "bob"), Edge("bob", "ann", 0.5, 2.0, "reverse_kl")]
 
 def peak_bytes(work) -> int:
     """The most bytes of tensors that lived at once while `work` ran, beyond those that lived before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         work()
     sizes = [event.nbytes() for event in trace.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(sizes))
