@@ -70,7 +70,7 @@ def score(data, name, output_NC):
 
 @pytest.mark.parametrize("name", ["sst2", "mnli", "stsb"])
 def test_what_can_be_learned_is_learned(subject, data, name):
-    longer = replace(QUICK, epochs=6)
+    longer = replace(QUICK, epochs=9)
     assert score(data, name, tuned(subject, data, name, longer)["one"]) > 0.9
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._inductor import config as inductor
 
 from codistill.build import build
 from codistill.cohort import Cohort, Distillation
@@ -108,10 +109,10 @@ def test_what_is_raised_for_want_of_memory(error, expected):
 
 
 def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
     monkeypatch.setattr("codistill.build.compile_layers", None)  # or it would be called
     run = small_run("standalone:tiny", text, "compile=true", "steps=2")
-    out = train(run, tmp_path / "run", device="cpu")
+    with inductor.patch({"cpp.cxx": (None, "/no/such/compiler")}):
+        out = train(run, tmp_path / "run", device="cpu")
     assert "continuing without compilation, which this machine cannot do: " in capsys.readouterr().err
     assert read_run(out / "run.yaml")["compile"] is False
 
