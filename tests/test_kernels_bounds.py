@@ -1,6 +1,7 @@
 """What the vocabulary loss refuses, which implementation it takes, and how much memory it may hold."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from codistill.divergences import forward_kl
 from codistill.errors import UserError
 from codistill.kernels import Edge, linear_cohort_loss
-from codistill.kernels.loss import _chosen
+from codistill.kernels.loss import _chosen, _has_triton
 from codistill.kernels.problem import check_labels, checked
 from cohort_cases import make
 
@@ -131,7 +132,7 @@ def test_labels_on_a_device_are_not_looked_at():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests what happens without a CUDA device")
 def test_triton_needs_its_device(monkeypatch):
     monkeypatch.setattr("codistill.kernels.loss._interpreted", lambda: False)
-    with pytest.raises(UserError, match="impl: 'triton' needs a CUDA device and the package triton, not cpu"):
+    with pytest.raises(UserError, match="impl: 'triton' needs a CUDA device, not cpu"):
         make().loss(impl="triton")
 
 
@@ -148,16 +149,31 @@ def test_triton_needs_its_device(monkeypatch):
     ],
 )
 def test_dispatch(monkeypatch, device, triton, divergence, expected):
-    class Labels:
-        pass
-
-    case = make(edges=edge(divergence=divergence))
-    problem = checked(case.hidden, case.weight, case.bias, case.labels, case.hard_weight, case.edges, None, None, None)
-    labels = Labels()
-    labels.device = torch.device(device)
-    object.__setattr__(problem, "labels_N", labels)
     monkeypatch.setattr("codistill.kernels.loss._has_triton", lambda: triton)
-    assert _chosen(None, problem) == expected
+    assert _chosen(None, problem_on(device, edge(divergence=divergence))) == expected
+
+
+def problem_on(device, edges):
+    """A problem that says it lies on `device`."""
+    case = make(edges=edges)
+    problem = checked(case.hidden, case.weight, case.bias, case.labels, case.hard_weight, case.edges, None, None, None)
+    object.__setattr__(problem, "labels_N", SimpleNamespace(device=torch.device(device)))
+    return problem
+
+
+def test_a_gpu_without_what_triton_needs_goes_on_and_says_so_once(monkeypatch, capsys):
+    problem = problem_on("cuda", edge())
+    monkeypatch.setattr("codistill.kernels.loss.why_not_triton", lambda: "there is no C compiler")
+    monkeypatch.setattr("codistill.kernels.loss._interpreted", lambda: False)
+    _has_triton.cache_clear()
+    try:
+        assert [_chosen(None, problem), _chosen(None, problem)] == ["chunked", "chunked"]
+    finally:
+        _has_triton.cache_clear()
+    said = "codistill: continuing without the loss in Triton, which is faster: there is no C compiler\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(UserError, match="impl: 'triton' cannot run on this machine: there is no C compiler; use"):
+        _chosen("triton", problem)
 
 
 def test_a_custom_divergence_is_differentiated():

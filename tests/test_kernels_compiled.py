@@ -11,7 +11,6 @@ from codistill.machine import why_not_compile
 from cohort_cases import NAMES, close_members, edge_sets, error, gradients, make, oracle, train, worst_error
 from test_kernels_bounds import peak_bytes
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 BOTH_WAYS = [Edge("ann", "bob", 0.7, 2.0), Edge("bob", "ann", 1.3, 1.0, "reverse_kl")]
 
 

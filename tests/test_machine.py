@@ -12,18 +12,15 @@ from codistill.build import build
 from codistill.cohort import Cohort, Distillation
 from codistill.kernels import compiled_rows
 from codistill.loading import load, override, read_run, to_dict
-from codistill.machine import compile_layers, is_out_of_memory, why_not_compile
+from codistill.machine import compile_layers, compiler_failure, is_out_of_memory, why_not_compile, why_not_triton
 from codistill.recipes import find
 from codistill.train import Stopped, train
 from cohorts import batch, member
 from plans import planned_and_counted_memory
 from runs import assert_same_run, small_run
 
-# PyTorch's compiler warns of itself: of a part of PyTorch that it imports, and of gradients that it looks for.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
-]
+# PyTorch's compiler warns of gradients that it looks for itself.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 COMPILES = pytest.mark.skipif(
     why_not_compile(torch.device("cpu")) is not None, reason="this machine has no C++ compiler"
 )
@@ -115,6 +112,40 @@ def test_a_machine_that_cannot_compile_says_so_and_goes_on(text, tmp_path, monke
         out = train(run, tmp_path / "run", device="cpu")
     assert "continuing without compilation, which this machine cannot do: " in capsys.readouterr().err
     assert read_run(out / "run.yaml")["compile"] is False
+
+
+@COMPILES
+def test_a_machine_without_pythons_header_files_cannot_compile(tmp_path, monkeypatch):
+    """Debian and Ubuntu have them in a package of their own."""
+    assert why_not_compile(torch.device("cpu")) is None
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    assert f"{tmp_path} has no Python.h; install the header files" in why_not_compile(torch.device("cpu"))
+
+
+def test_what_a_gpus_machine_lacks_for_triton_is_named(tmp_path, monkeypatch):
+    machine = {"gcc": "/usr/bin/gcc"}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("codistill.machine.find_spec", machine.get)
+    monkeypatch.setattr("codistill.machine.which", machine.get)
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    assert why_not_triton() == "the package triton is not installed"
+    machine["triton"] = "triton"
+    assert "has no Python.h; install the header files" in why_not_triton()
+    (tmp_path / "Python.h").touch()
+    assert why_not_triton() is None
+    machine["gcc"] = None
+    assert why_not_triton() == "there is no C compiler (gcc, clang, or what the environment's CC names)"
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert why_not_triton() is None
+    assert why_not_compile(torch.device("cuda")) is None
+
+
+def test_a_failure_of_the_compiler_is_told_by_its_cause():
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    failure = BackendCompilerFailed("inductor", KeyError("buf10"), None)
+    assert compiler_failure(failure) == "KeyError: 'buf10'"
+    assert compiler_failure(KeyError("buf10")) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library's allocator is told on Linux only")

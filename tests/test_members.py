@@ -228,7 +228,6 @@ def test_masked_and_causal_models_in_one_cohort_are_refused():
 # ---- compiled models ---------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method")  # PyTorch imports what it deprecates
 def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_place():
     model, graphs = predictor("a", family="bert", dropout=0.0).model, []
     with pytest.raises(UserError, match=r"wraps a BertForMaskedLM; give the model itself.*\.base_model\.compile\(\)"):
@@ -241,7 +240,6 @@ def test_a_wrapper_of_a_compiled_model_is_refused_and_its_backbone_compiles_in_p
     torch.testing.assert_close(compiled, plain)
 
 
-@pytest.mark.filterwarnings("ignore:.*script_method")  # PyTorch imports what it deprecates
 def test_asking_whether_a_compiled_model_looks_ahead_compiles_nothing():
     lone, graphs = both_ways(is_decoder=True).predictor, []
     lone.model.base_model.compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)

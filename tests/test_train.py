@@ -49,7 +49,7 @@ def go(run, out, stop_at):
 {statement}"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     # DeBERTa's file before transformers 5.23 warns as it is imported.
-    warnings = ["-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning"]
+    warnings = ["-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning"]
     subprocess.run([sys.executable, *warnings, "-c", code], check=True, env=environment, timeout=120)
 
 

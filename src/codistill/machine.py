@@ -3,16 +3,19 @@
 import ctypes
 import os
 import sys
+import sysconfig
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
+from shutil import which
 from typing import Literal
 
 import torch
 from torch import nn
 
 from codistill.distributed import layers
-from codistill.errors import one_line
+from codistill.errors import first_line, one_line
 
 _MOST_VARIANTS = 128
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
@@ -32,10 +35,14 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
     return {name: str(torch.__version__) if name == "torch" else version(name) for name in packages}
 
 
-def is_compiler_failure(error: BaseException) -> bool:
-    """Whether PyTorch's compiler raised it: before what was to be compiled has computed anything."""
+def compiler_failure(error: BaseException) -> str | None:
+    """What PyTorch's compiler failed at, in a line; None if it was something else that raised `error`. It fails before
+    what was to be compiled has computed anything."""
     compiler = sys.modules.get("torch._dynamo.exc")  # nobody who has not compiled pays for its import
-    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
+    if compiler is None or not isinstance(error, compiler.TorchDynamoException):
+        return None
+    cause = getattr(error, "inner_exception", None)  # where its own first line names the backend only
+    return f"{type(cause).__name__}: {first_line(cause)}" if cause is not None else first_line(error)
 
 
 def autocast(device_type: str, precision: torch.dtype) -> torch.autocast:
@@ -71,14 +78,36 @@ def allow_variants() -> None:
 def why_not_compile(device: torch.device) -> str | None:
     """What this machine lacks to compile for `device`, in a line; None if nothing."""
     if device.type == "cuda":
-        return None if find_spec("triton") else "the package triton is not installed"
+        return why_not_triton()
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except Exception as error:  # InvalidCxxCompiler, or whatever starting the compiler raises
         return one_line(error)
-    return None
+    return _why_no_headers()
+
+
+def why_not_triton() -> str | None:
+    """What this machine lacks to run a kernel of Triton's, in a line; None if nothing. Before its first kernel Triton
+    builds a module of C."""
+    if not find_spec("triton"):
+        return "the package triton is not installed"
+    if not (os.environ.get("CC") or which("gcc") or which("clang")):
+        return "there is no C compiler (gcc, clang, or what the environment's CC names)"
+    return _why_no_headers()
+
+
+def _why_no_headers() -> str | None:
+    """That the header files of this Python are missing, which what both compilers build includes."""
+    folders = [Path(sysconfig.get_path("include"))]
+    if sys.platform != "win32":  # Debian's own scheme may name another folder than the one its files lie in
+        folders.append(Path(sysconfig.get_path("include", "posix_prefix")))
+    if sys.platform == "darwin":  # a framework's
+        folders.append(Path(sysconfig.get_path("stdlib")).parent.parent / "Headers")
+    if any((folder / "Python.h").exists() for folder in folders):
+        return None
+    return f"{folders[0]} has no Python.h; install the header files of Python (python3-dev on Debian and Ubuntu)"
 
 
 def be_deterministic() -> None:

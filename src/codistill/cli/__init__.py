@@ -34,13 +34,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail_by_machine(error: BaseException) -> None:
     """Ends with a line where `error` is want of memory or PyTorch's compiler's, and raises it again where it is not."""
-    from codistill.machine import is_compiler_failure, is_out_of_memory  # import torch, as whatever raised this has
+    from codistill.machine import compiler_failure, is_out_of_memory  # import torch, as whatever raised this has
 
     if is_out_of_memory(error):
         remedy = "lower batch.sequences, raise batch.accumulate, or set gradient_checkpointing"
         _say(f"out of memory: {first_line(error)}; for a run, {remedy}")
-    elif is_compiler_failure(error):
-        _say(f"PyTorch's compiler failed: {first_line(error)}; set compile: false")
+    elif failure := compiler_failure(error):
+        _say(f"PyTorch's compiler failed: {failure}; set compile: false")
     else:
         raise error
     sys.exit(1)  # on whichever rank it happens: the others do not know

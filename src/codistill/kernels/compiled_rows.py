@@ -14,11 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from codistill.errors import first_line
 from codistill.kernels.head import GivenHead, Head
 from codistill.kernels.problem import Problem
 from codistill.kernels.rows import Softmax, rows_per_block
-from codistill.machine import allow_variants, is_compiler_failure
+from codistill.machine import allow_variants, compiler_failure
 
 
 class _Edge(NamedTuple):
@@ -71,11 +70,11 @@ def _solved(logits, labels_R1, *rest) -> tuple[Tensor, Tensor, Tensor]:
         try:
             return _compiled()(logits, labels_R1, *rest)
         except RuntimeError as error:
-            if not is_compiler_failure(error):
+            if not (failure := compiler_failure(error)):
                 raise
             _uncompiled.add(key)
             print(
-                "codistill: continuing without compilation of the loss, in which PyTorch failed: " + first_line(error),
+                f"codistill: continuing without compilation of the loss, in which PyTorch failed: {failure}",
                 file=sys.stderr,
             )
     return solve_block(logits, labels_R1, *rest)

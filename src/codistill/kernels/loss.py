@@ -3,6 +3,7 @@
 Shape suffixes: N predicted rows, D width of a member, V vocabulary.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from codistill.errors import UserError
 from codistill.kernels.problem import Edge, Problem, SparseLogits, checked, is_fused
+from codistill.machine import why_not_triton
 
 IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
@@ -81,7 +83,7 @@ def _chosen(impl: str | None, problem: Problem) -> str:
     device = problem.labels_N.device.type
     squared = any(edge.divergence == "squared_error" for edge in problem.edges)
     if impl is None:
-        fused = "triton" if device == "cuda" and _has_triton() and not squared else "chunked"
+        fused = "triton" if device == "cuda" and not squared and _has_triton() else "chunked"
         return "reference" if custom or logits else fused
     if impl not in IMPLEMENTATIONS:
         raise UserError(f"impl: {impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
@@ -91,8 +93,11 @@ def _chosen(impl: str | None, problem: Problem) -> str:
         raise UserError(f"impl: {impl!r} takes no logits, as {logits[0]!r} gives; leave impl out or use 'reference'")
     if impl == "triton" and squared:
         raise UserError("impl: 'triton' does not know the divergence 'squared_error'; leave impl out or use 'chunked'")
-    if impl == "triton" and not (_has_triton() and (device == "cuda" or _interpreted())):
-        raise UserError(f"impl: 'triton' needs a CUDA device and the package triton, not {device}; use 'chunked'")
+    if impl == "triton" and not _interpreted():
+        if device != "cuda":
+            raise UserError(f"impl: 'triton' needs a CUDA device, not {device}; use 'chunked'")
+        if reason := why_not_triton():
+            raise UserError(f"impl: 'triton' cannot run on this machine: {reason}; use 'chunked'")
     return impl
 
 
@@ -108,10 +113,16 @@ def _sweep(impl: str, compiled: bool):
 
 @cache
 def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    """Whether this machine runs Triton's kernels; a line on stderr says once why it does not."""
+    if reason := why_not_triton():
+        print(f"codistill: continuing without the loss in Triton, which is faster: {reason}", file=sys.stderr)
+    return reason is None
 
 
 def _interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as in tests."""
+    if not find_spec("triton"):
+        return False
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
