@@ -1,6 +1,7 @@
 """The house in order: imports point one way, and files and functions stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_no_import_is_relative():
     for file in FILES:
         for node in ast.walk(ast.parse(file.read_text())):
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: write imports from codistill"
+
+
+def test_text_is_utf_8_whatever_the_locale():
+    opened = {"read_text", "write_text", "open"}
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in opened:
+                call = ast.unparse(node)
+                binary = re.search(r"open\((.*, )?'[rwax]?b\+?'|os\.open|Corpus\.open|TeacherCache\.open|_taps", call)
+                assert binary or "encoding='utf-8'" in call, f"{file}: {call}"
 
 
 def test_files_and_functions_are_short():

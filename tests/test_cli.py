@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def status(*arguments: str) -> int:
 def test_show_prints_what_train_accepts(capsys):
     main(["show", "ctcd:small", "--set", "seed=3"])
     assert load(parse_yaml(capsys.readouterr().out, "test")).seed == 3
+
+
+def test_a_locale_without_the_characters_of_a_table_ends_no_command(monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="latin-1"))
+    main(["recipes"])
+    main(["show", "ctcd", "--set", "data.train=[/tmp/é.txt]"])
+    sys.stdout.flush()
+    assert "[/tmp/é.txt]" in written.getvalue().decode("utf-8")
 
 
 def test_recipes_are_listed_with_a_line_each(capsys):

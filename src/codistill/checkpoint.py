@@ -133,7 +133,7 @@ def write(
     with atomic_folder(place) as fresh:
         for name, member in snapshots.items():
             (fresh / name).mkdir()
-            (fresh / name / "config.json").write_text(member.config)
+            (fresh / name / "config.json").write_text(member.config, encoding="utf-8")
             save_file(member.parameters, fresh / name / "model.safetensors", metadata={"format": "pt"})
             save_file(member.moments, fresh / name / "optimizer.safetensors")
             if member.projections:
@@ -225,13 +225,13 @@ def _write_manifest(fresh: Path, step: int, scores: Mapping[str, float] | None) 
     files = sorted(file for file in fresh.rglob("*") if file.is_file())
     entries = {str(file.relative_to(fresh)): {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
     content = {"step": step, "scores": without_nan(scores), "files": entries}
-    (fresh / "manifest.json").write_text(to_json(content | {"sha256": _digest(content)}, indent=1))
+    (fresh / "manifest.json").write_text(to_json(content | {"sha256": _digest(content)}, indent=1), encoding="utf-8")
 
 
 def _read_manifest(place: Path) -> dict[str, Any] | None:
     """The manifest without its own checksum, or None where it is missing or not as it was written."""
     try:
-        manifest = json.loads((place / "manifest.json").read_text())
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
         is_whole = manifest.pop("sha256") == _digest(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

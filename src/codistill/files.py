@@ -89,7 +89,7 @@ def without_nan(content: Any) -> Any:
 @contextmanager
 def locked(file: Path, *, wait: bool = True) -> Iterator[None]:
     """Inside, no other process is inside with the same `file`; BlockingIOError where one is and `wait` is off."""
-    with file.open("a") as held:
+    with file.open("a", encoding="utf-8") as held:
         take_lock(held.fileno(), wait=wait)
         yield
 

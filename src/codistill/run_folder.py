@@ -91,7 +91,7 @@ def open_folder(run: Run, out: Path, first: int, held: ExitStack, *, resume: boo
         # First of all, so that whatever is killed from here on leaves a folder that can be resumed.
         write_file(file, text)
         (out / "checkpoints").mkdir(exist_ok=True)
-        (out / JOB).write_text(job())
+        (out / JOB).write_text(job(), encoding="utf-8")
     except BlockingIOError:
         raise in_use(out) from None
     except OSError as error:
@@ -106,7 +106,7 @@ def keep_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 def is_of_this_job(out: Path) -> bool:
     """Whether the run in `out` was begun or resumed by the very job that this process is part of."""
-    return (out / JOB).is_file() and (out / "run.yaml").is_file() and (out / JOB).read_text() == job()
+    return (out / JOB).is_file() and (out / "run.yaml").is_file() and (out / JOB).read_text(encoding="utf-8") == job()
 
 
 def distribution(out: Path | None, ranks: Ranks, first: int) -> list[dict[str, Any]]:

@@ -152,8 +152,8 @@ def _remembered(out: Path, sink: str, make: Callable[[], str]) -> str:
     """What `make` returned when the run began, so that a resumed run goes on in the same place."""
     file = out / f".{sink}"
     if not file.exists():
-        file.write_text(make())
-    return file.read_text()
+        file.write_text(make(), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def _new_id() -> str:

@@ -102,9 +102,9 @@ def _facts(name: str, place: Path) -> dict[str, Any]:
     weights = [*place.glob("*.safetensors"), *place.glob("model.onnx*")]
     results, loss = place.parent.parent / "results.json", None
     if results.is_file():
-        loss = json.loads(results.read_text())["members"].get(place.name, {}).get("loss")
+        loss = json.loads(results.read_text(encoding="utf-8"))["members"].get(place.name, {}).get("loss")
     export = place / "export.json"
-    facts: dict[str, Any] = json.loads(export.read_text()) if export.is_file() else {"format": "hf"}
+    facts: dict[str, Any] = json.loads(export.read_text(encoding="utf-8")) if export.is_file() else {"format": "hf"}
     loss = facts.get("held_out", {}).get(facts["format"], {}).get("loss", loss)
     return {
         "model": name,
@@ -143,7 +143,9 @@ def _onnx(place: Path) -> Answer:
 
 
 def _vocabulary(found: Mapping[str, Path]) -> int:
-    return min(json.loads((place / "config.json").read_text())["vocab_size"] for place in found.values())
+    return min(
+        json.loads((place / "config.json").read_text(encoding="utf-8"))["vocab_size"] for place in found.values()
+    )
 
 
 def _summary(seconds: list[float], tokens: int) -> dict[str, float]:

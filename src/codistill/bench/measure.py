@@ -133,7 +133,7 @@ def write_result(out: Path | None, result: object) -> None:
     """Writes a measurement as JSON to `out`, if it is to be written."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(to_json(result, indent=1) + "\n")
+        out.write_text(to_json(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _seconds(step: Callable[[], None], device: str) -> float:
@@ -148,12 +148,12 @@ def _seconds(step: Callable[[], None], device: str) -> float:
 
 def _start_of_resident_peak() -> int:
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     return _status("VmRSS")
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status: no {field}")
@@ -162,7 +162,7 @@ def _status(field: str) -> int:
 def _processor() -> str:
     """The model, and those of its abilities that matrix products depend on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     pairs = [line.split(":", 1) for line in lines if ":" in line]

@@ -6,6 +6,7 @@ Exit status: 0 done; 1 the machine failed; 2 what was asked for cannot be done; 
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from cyclopts import CycloptsError
 from rich.console import Console
@@ -18,6 +19,7 @@ from codistill.errors import FailedElsewhere, MachineError, UserError, first_lin
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `codistill` command; exits with the status given in this module's docstring."""
+    _write_utf8()
     try:
         app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except (CycloptsError, UserError) as error:
@@ -30,6 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("interrupted", 130)
     except FailedElsewhere as error:  # of several processes that torchrun started, another says why
         sys.exit(error.args[0])
+
+
+def _write_utf8() -> None:
+    """Prints UTF-8 whatever the locale, as our files are and as Python does by itself from 3.15 on: one without a
+    character of a table would end the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # rather than what a notebook puts there
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def _fail_by_machine(error: BaseException) -> None:

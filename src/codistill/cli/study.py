@@ -81,6 +81,6 @@ def _run(request: "Request", *, data: Path | None, jobs: int | None, device: str
     except Stopped:
         console.print("stopped; what was under way is saved, and the same command goes on with it")
         sys.exit(STOPPED)
-    console.print((request.out / "table.md").read_text(), markup=False)
+    console.print((request.out / "table.md").read_text(encoding="utf-8"), markup=False)
     console.print(f"cells, table and figure: {request.out}", markup=False)
     return found

@@ -129,7 +129,7 @@ def read_manifest(folder: Path) -> dict:
     """The manifest of a corpus folder; UserError when there is none or it is damaged."""
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
             raise UserError(f"{path}: format {manifest['format']!r}, expected {FORMAT!r}; prepare the text again")
     except OSError as error:
@@ -183,7 +183,7 @@ def _stamps(folder: Path, manifest: dict) -> dict[str, list[int]]:
 def _verified_before(folder: Path, manifest: dict) -> bool:
     stamps = _stamps(folder, manifest)
     try:
-        return json.loads((folder / ".verified").read_text()) == stamps
+        return json.loads((folder / ".verified").read_text(encoding="utf-8")) == stamps
     except (OSError, ValueError):
         return False
 

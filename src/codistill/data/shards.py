@@ -61,7 +61,7 @@ def finished_shards(folder: Path, records: Path) -> list[Shard]:
     """The shards that an earlier, killed preparation finished: those whose record is there and whose files agree."""
     shards: list[Shard] = []
     while (record := records / f"shard-{len(shards):05d}.json").is_file():
-        shard = Shard(**json.loads(record.read_text()))
+        shard = Shard(**json.loads(record.read_text(encoding="utf-8")))
         if not all(_agrees(folder / name, *entry) for name, entry in shard.files.items()):
             break
         shards.append(shard)

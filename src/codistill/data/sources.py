@@ -135,7 +135,7 @@ def _hash_once(path: Path, memory: Path) -> str:
     stamp = [name, state.st_size, state.st_mtime_ns]
     kept = memory / (hashlib.sha256(name.encode()).hexdigest() + ".json")
     try:
-        known = json.loads(kept.read_text())
+        known = json.loads(kept.read_text(encoding="utf-8"))
         if known["stamp"] == stamp:
             return known["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -145,6 +145,6 @@ def _hash_once(path: Path, memory: Path) -> str:
     with suppress(OSError):
         memory.mkdir(parents=True, exist_ok=True)
         beside = kept.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps({"stamp": stamp, "sha256": digest}))
+        beside.write_text(json.dumps({"stamp": stamp, "sha256": digest}), encoding="utf-8")
         beside.replace(kept)
     return digest

@@ -58,7 +58,7 @@ def _locked(work: Path) -> int:
 
 def _discard_other(work: Path, identity: str) -> None:
     note = work / "identity"
-    if note.is_file() and note.read_text() == identity:
+    if note.is_file() and note.read_text(encoding="utf-8") == identity:
         return
     with writing(work):
         for path in work.iterdir():

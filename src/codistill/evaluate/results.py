@@ -50,7 +50,7 @@ class Store:
     def get(self, key: str) -> dict[str, Any] | None:
         """What was put under `key`; None if nothing was, or nothing readable."""
         try:
-            return _with_nan(json.loads((self.folder / f"{key}.json").read_text()))
+            return _with_nan(json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return None
 

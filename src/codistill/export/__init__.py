@@ -41,8 +41,8 @@ def export_member(folder: Path, member: str, *, format: Format, out: Path, push:
     with atomic_folder(out) as fresh:
         facts = {"format": format, "member": member, **_WRITE[format](folder, source, fresh)}
         _open_prompts(folder, fresh)
-        (fresh / "export.json").write_text(to_json(facts, indent=1) + "\n")
-        (fresh / "README.md").write_text(card + _section(facts))
+        (fresh / "export.json").write_text(to_json(facts, indent=1) + "\n", encoding="utf-8")
+        (fresh / "README.md").write_text(card + _section(facts), encoding="utf-8")
     if push:
         _upload(out, push)
     return facts

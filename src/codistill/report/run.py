@@ -22,7 +22,7 @@ _PANELS_IN_A_ROW = 3
 
 def read_results(folder: Path) -> dict[str, Any]:
     """The contents of a finished run's `results.json`; None for what was no number, however that is written."""
-    return json.loads((folder / "results.json").read_text(), parse_constant=lambda name: None)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"), parse_constant=lambda name: None)
 
 
 def results_table(folder: Path) -> Table:

@@ -274,7 +274,7 @@ class _Execution:
 def _reason(work: _Work, status: int) -> str:
     if status < 0:
         return f"its process was ended by signal {-status} ({signal.Signals(-status).name}); see {_log(work)}"
-    lines = [line for line in _log(work).read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in _log(work).read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
     return lines[-1][:500] if lines else f"it ended with status {status}"
 
 

@@ -30,7 +30,7 @@ def harvest(
     """The cell of `arm` from the run in `folder`, of which it may be a part; `names`: role → member there. The models
     of the roles `kept` are copied to `models`/ROLE. `inherited`: what the cells of the arms that it needs say of models
     from outside."""
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     run = load(read_run(folder / "run.yaml"))
     facts = run.provenance or {}
     for role in kept:
@@ -103,12 +103,12 @@ def _graded(cell: Mapping[str, Any]) -> dict[str, Any]:
 def _scores(folder: Path, name: str) -> list[dict[str, Any]]:
     """The cells of a member in what `codistill evaluate` found."""
     file = folder / "scores" / "results.json"
-    cells = json.loads(file.read_text())["cells"] if file.exists() else []
+    cells = json.loads(file.read_text(encoding="utf-8"))["cells"] if file.exists() else []
     return [cell for cell in cells if cell["model"] == f"{folder.name}/{name}"]
 
 
 def _agreement(arm: Arm, folder: Path) -> float | None:
     """The share of BLiMP's pairs that the two trained members of an arm judge alike; None where there are not two."""
     file = folder / AGREEMENT
-    found = json.loads(file.read_text()) if file.exists() else {}
+    found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found.get(arm.name)

@@ -247,7 +247,7 @@ def check_out(request: Request, option: str = "--out") -> None:
         raise UserError(f"{option} {out}: it holds something else than a study; give another folder")
     if (out / "results.json").is_file():
         try:
-            held = dict(json.loads((out / "results.json").read_text()))
+            held = dict(json.loads((out / "results.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             unread = f"{option} {out}: its results.json cannot be read; remove it, and it is made again"
             raise UserError(unread) from None

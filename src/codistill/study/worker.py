@@ -70,7 +70,7 @@ def _train(run: Run, out: Path, device: str) -> None:
 def _has_all(out: Path, members: Sequence[str]) -> bool:
     """Whether a finished run with all these members is there."""
     try:
-        return set(members) <= json.loads((out / "results.json").read_text())["members"].keys()
+        return set(members) <= json.loads((out / "results.json").read_text(encoding="utf-8"))["members"].keys()
     except (OSError, ValueError):
         return False
 
@@ -86,7 +86,7 @@ def _stop_without(study: int) -> None:
 def main() -> None:
     """Entry point of the process."""
     file = Path(sys.argv[1])
-    request = json.loads(file.read_text())
+    request = json.loads(file.read_text(encoding="utf-8"))
     Thread(target=_stop_without, args=[request["study"]], daemon=True).start()
     try:
         with locked(file.with_suffix(".lock")):  # an orphan of a study that was killed may still be saving
