@@ -58,11 +58,14 @@ def test_gradient_in_bfloat16_with_the_hard_loss_on():
 @pytest.mark.parametrize("impl", ["reference", "chunked"])
 def test_a_small_divergence_keeps_its_digits_in_float32(impl, divergence, offset):
     """Bregman's form: at least three times closer than the sum of p (ln p − ln q) that plain PyTorch takes."""
-    case = close_members(0.03, offset)
-    case.hidden, case.edges = {m: h.float() for m, h in case.hidden.items()}, EDGES[divergence]
-    true, plain = oracle(case)[2], oracle(case, torch.float32)[2]
-    for ours, theirs, exact in zip(case.loss(impl=impl).soft, plain, true, strict=True):
-        assert error(ours, exact) < error(theirs, exact) / 3
+    of_ours, of_plain = [], []
+    for seed in range(8):  # a sum of that many digits can be right by chance
+        case = close_members(0.03, offset, seed=seed)
+        case.hidden, case.edges = {m: h.float() for m, h in case.hidden.items()}, EDGES[divergence]
+        true, plain = oracle(case)[2], oracle(case, torch.float32)[2]
+        of_ours.append([error(ours, exact) for ours, exact in zip(case.loss(impl=impl).soft, true, strict=True)])
+        of_plain.append([error(theirs, exact) for theirs, exact in zip(plain, true, strict=True)])
+    assert (torch.tensor(of_ours).norm(dim=0) < torch.tensor(of_plain).norm(dim=0) / 3).all()
 
 
 def test_bfloat16_logits_would_fail():
