@@ -200,7 +200,7 @@ def of_two_regimes(arms):
         ),
         (changed(contrasts=[Contrast("c", "taught/teacher", "alone/large")]), "no arm trains 'taught/teacher'"),
         (changed(curves=["alone/small"]), "curve 'alone/small': no arm trains 'alone/small'"),
-        (changed(of_two_regimes), "no regime has both sides; compare within one"),
+        (changed(of_two_regimes), "no regime has all of it; compare within one"),
         (changed(with_other_roles), "arm taught: it needs alone/teacher, and the arm 'alone' trains large"),
         (changed(in_a_circle), "what it needs is not there, or needs it in turn"),
         (replace(STUDY, arms=lambda scale, seed: STUDY.arms(scale, 0)), "the arm .* does not heed the seed"),

@@ -3,7 +3,8 @@
 Everything here is a function of the cells alone, so that a table can be made again from what is committed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,39 +124,57 @@ def spread_of(values: Iterable[float | None]) -> dict[str, float | None]:
 
 
 def _is_asked(wanted: Contrast, cells: Sequence[Cell]) -> bool:
-    """Whether both sides have cells in this regime, if only failed ones."""
+    """Whether all that it compares has cells in this regime, if only failed ones."""
     arms = {cell["arm"] for cell in cells}
-    return {name.rpartition("/")[0] for name in (wanted.treated, wanted.control)} <= arms
+    return {name.rpartition("/")[0] for name in wanted.names} <= arms
 
 
 def contrast(wanted: Contrast, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, Any]:
     """Treated − control over the seeds that both have: mean, 95 % Student-t interval over seeds, what that shows; of
     the loss the paired t-test's `p` too."""
-    treated, control = by.get(wanted.treated, {}), by.get(wanted.control, {})
-    seeds = sorted(treated.keys() & control.keys())
     found: dict[str, Any] = {"label": wanted.label, "treated": wanted.treated, "control": wanted.control}
+    if wanted.than is not None:
+        found["than"] = {"treated": wanted.than.treated, "control": wanted.than.control}
     for metric in METRICS:
-        pairs = [(_score(treated[seed], metric), _score(control[seed], metric)) for seed in seeds]
-        found[metric] = difference_of([a - b for a, b in pairs if a is not None and b is not None])
-    losses = [treated[seed]["loss"] - control[seed]["loss"] for seed in seeds]
+        found[metric] = difference_of(_differences(wanted, by, partial(_score, metric=metric)))
+    losses = _differences(wanted, by, partial(_score, metric="loss"))
     return found | {"p": t_probability(losses) if len(losses) > 1 else None, "holm": False}
+
+
+def _differences(
+    wanted: Contrast,
+    by: Mapping[str, Mapping[int, Mapping[str, Any]]],
+    value: Callable[[Mapping[str, Any]], float | None],
+) -> list[float]:
+    """What is asked of `value`, for each seed for which it is known of all models."""
+    found = []
+    for seed in _seeds_of(wanted, by):
+        values = [(value(by[name][seed]), sign) for name, sign in wanted.terms]
+        known = [sign * one for one, sign in values if one is not None]
+        found += [sum(known)] if len(known) == len(values) else []
+    return found
+
+
+def _seeds_of(wanted: Contrast, by: Mapping[str, Mapping[int, Any]]) -> list[int]:
+    """The seeds that all models of a contrast have."""
+    return sorted(set.intersection(*(set(by.get(name, ())) for name in wanted.names)))
 
 
 def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The contrasts of the loss at every point of the learning curves."""
     found = []
     for wanted in study.contrasts:
-        treated, control = by.get(wanted.treated), by.get(wanted.control)
-        if treated is None or control is None:
+        curves = {s: [(by[name][s]["curve"], sign) for name, sign in wanted.terms] for s in _seeds_of(wanted, by)}
+        if not wanted.names <= by.keys():
             continue
-        pairs = [(treated[s]["curve"], control[s]["curve"]) for s in sorted(treated.keys() & control.keys())]
+        all_curves = [curve for of in curves.values() for curve, _ in of]
         points = []
-        for at in range(min((len(curve) for pair in pairs for curve in pair), default=0)):
-            shares = [curve[at][0] / curve[-1][0] for pair in pairs for curve in pair]
+        for at in range(min(map(len, all_curves), default=0)):
+            shares = [curve[at][0] / curve[-1][0] for curve in all_curves]
             if max(shares) - min(shares) > _SAME_TIME:
                 break  # looks at other times cannot be compared
-            share = shares[0]
-            points.append({"share": share, "loss": difference_of([a[at][1] - b[at][1] for a, b in pairs])})
+            losses = [sum(sign * curve[at][1] for curve, sign in of) for of in curves.values()]
+            points.append({"share": shares[0], "loss": difference_of(losses)})
         # The last look before the end may be the end, but for a few steps.
         told = [point for point in points if point["share"] in (points[-1]["share"], min(point["share"], 0.99))]
         found.append({"label": wanted.label, "points": told})
@@ -165,20 +184,11 @@ def _along(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> l
 def _at_best(study: Study, by: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """The contrasts of the loss with each model at the best point of its learning curve, as if training had stopped
     there, if any of their models overfits."""
-    asked = [c for c in study.contrasts if by.get(c.treated, {}).keys() & by.get(c.control, {}).keys()]
-    names = {name for c in asked for name in (c.treated, c.control)}
+    asked = [c for c in study.contrasts if _seeds_of(c, by)]
+    names = {name for c in asked for name in c.names}
     if not any(np.mean([m["loss"] - _best(m) for m in by[name].values()]) >= OVERFITS for name in names):
         return []
-    best = {name: {seed: _best(member) for seed, member in by[name].items()} for name in names}
-    return [
-        {
-            "label": c.label,
-            "loss": difference_of(
-                [b - best[c.control][seed] for seed, b in best[c.treated].items() if seed in best[c.control]]
-            ),
-        }
-        for c in asked
-    ]
+    return [{"label": c.label, "loss": difference_of(_differences(c, by, _best))} for c in asked]
 
 
 def _best(member: Mapping[str, Any]) -> float:

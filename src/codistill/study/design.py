@@ -16,11 +16,24 @@ _TEACHER_SEED = 1000  # added to a study's seed: a teacher has seen other batche
 
 @dataclass(frozen=True)
 class Contrast:
-    """A difference to be shown, treated − control, both "ARM/ROLE"; a negative one of the loss is an improvement."""
+    """A difference to be shown, treated − control, both "ARM/ROLE"; a negative one of the loss is an improvement.
+    With `than` it is an interaction: by how much this difference exceeds that one."""
 
     label: str
     treated: str
     control: str
+    than: "Contrast | None" = None
+
+    @property
+    def terms(self) -> list[tuple[str, int]]:
+        """("ARM/ROLE", +1 or −1) of all models in it; their sum is the difference."""
+        subtracted = [(name, -sign) for name, sign in self.than.terms] if self.than else []
+        return [(self.treated, 1), (self.control, -1), *subtracted]
+
+    @property
+    def names(self) -> set[str]:
+        """ "ARM/ROLE" of all models in it."""
+        return {name for name, _ in self.terms}
 
 
 @dataclass(frozen=True)
@@ -88,3 +101,11 @@ def frozen(arm: str, role: str = "teacher") -> MemberConfig:
 def edge(teacher: str, student: str, weight: Spec = 1.0, temperature: float = 1.0) -> DistillationConfig:
     """An edge with forward KL, as in both papers."""
     return DistillationConfig(teacher=teacher, student=student, weight=weight, temperature=temperature)
+
+
+def times(schedule: Spec, by: float) -> Spec:
+    """A schedule of the same form with another peak."""
+    if not isinstance(schedule, dict):
+        return schedule * by
+    ((name, (peak, *rest)),) = schedule.items()
+    return {name: [peak * by, *rest]}

@@ -136,7 +136,7 @@ def _check_names(study: Study, arms: Sequence[Arm]) -> None:
     for arm in arms:
         regimes.setdefault(arm.regime, set()).update(f"{arm.name}/{role}" for role in arm.run.trained)
     known = sorted(set().union(*regimes.values()))
-    wanted = [(f"contrast {c.label!r}", {c.treated, c.control}) for c in study.contrasts]
+    wanted = [(f"contrast {c.label!r}", c.names) for c in study.contrasts]
     for where, names in [*wanted, *((f"curve {name!r}", {name}) for name in study.curves)]:
         for name in sorted(names - {*known}):
             raise UserError(
@@ -144,4 +144,4 @@ def _check_names(study: Study, arms: Sequence[Arm]) -> None:
                 f"of {', '.join(known)}"
             )
         if not any(names <= there for there in regimes.values()):
-            raise UserError(f"study {study.name}, {where}: no regime has both sides; compare within one")
+            raise UserError(f"study {study.name}, {where}: no regime has all of it; compare within one")

@@ -83,12 +83,17 @@ def rerun_blocks(found: Mapping[str, Any]) -> list[Block]:
 
 
 def _shown(there: Mapping[str, Any], here: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    again = {(c["treated"], c["control"]): c["loss"] for c in here["contrasts"]} if here else {}
+    again = {_compared(c): c["loss"] for c in here["contrasts"]} if here else {}
     return [
-        {"label": c["label"], "there": c["loss"], **_sign(c["loss"], again.get((c["treated"], c["control"])))}
+        {"label": c["label"], "there": c["loss"], **_sign(c["loss"], again.get(_compared(c)))}
         for c in there["contrasts"]
         if c["loss"]["verdict"] in SHOWN
     ]
+
+
+def _compared(of: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a contrast compares, whatever it is called."""
+    return (of["treated"], of["control"], *of.get("than", {}).values())
 
 
 def _sign(there: Mapping[str, Any], here: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from codistill.config import InitConfig, MemberConfig, ModelConfig
 from codistill.evaluate.compare import SEEDS_FOR_A_HEADLINE
 from codistill.schedules import Spec
 from codistill.study.arms import Arm, of_arm
-from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings
+from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings, times
 from codistill.study.scales import Scale
 
 _TEACHERS = {"weak": "small", "very-weak": "very_weak", "extremely-weak": "extremely_weak"}
@@ -171,7 +171,7 @@ def _starts(scale: Scale, seed: int) -> list[Arm]:
         found += [alone(at), teacher(at, "weak"), at.teacher("teacher-narrow", narrow)]
         for start, init in _STARTS.items():
             for rate in (1.0, _LOWER):
-                large = at.learner(at.size.models["large"], init=init, lr=_scaled(at.size.learner.lr, rate))
+                large = at.learner(at.size.models["large"], init=init, lr=times(at.size.learner.lr, rate))
                 if (start, rate) != ("random", 1.0):
                     found.append(at.arm(_start(start, rate, False), {"large": large}))
                 found.append(_taught(at, _start(start, rate, True), "teacher-weak", large))
@@ -190,13 +190,6 @@ def _how(rate: float, is_taught: bool) -> str:
 
 def _rate(rate: float) -> str:
     return "whole rate" if rate == 1 else f"rate × {rate:g}"
-
-
-def _scaled(schedule: Spec, by: float) -> Spec:
-    if not isinstance(schedule, dict):
-        return schedule * by
-    ((name, (peak, *rest)),) = schedule.items()
-    return {name: [peak * by, *rest]}
 
 
 REMAPPING = Study(
