@@ -11,7 +11,7 @@ from codistill.cli import main
 from codistill.errors import UserError
 from codistill.study.arms import keys_of
 from codistill.study.cells import Cells
-from codistill.study.design import Contrast
+from codistill.study.design import Contrast, Study
 from codistill.study.rerun import check_against, compare, counts, rerun_blocks, write_comparison
 from codistill.study.run import Request, tabulate
 from studies import STUDY, made_up, request
@@ -25,9 +25,9 @@ COMPARED = replace(STUDY, contrasts=CONTRASTS)
 THERE = {"alone": (5.0, 5.1), "taught": (4.0, 4.11), "pair": (5.1, 4.9), "teacher": (5.2, 5.31)}
 
 
-def finished(out: Path, losses: dict[str, tuple[float, ...]], **changes) -> Request:
+def finished(out: Path, losses: dict[str, tuple[float, ...]], study: Study = COMPARED, **changes) -> Request:
     seeds = max(map(len, losses.values()))
-    made = request(out, COMPARED, seeds)
+    made = request(out, study, seeds)
     keys, cells = keys_of(made.arms), Cells(out)
     for arm in made.arms:
         if arm.seed % 1000 < len(losses.get(arm.name, ())):
@@ -53,6 +53,16 @@ def test_only_what_was_shown_is_compared_and_signs_are_those_of_the_means(there,
     # teacher − alone is 0.2 and 0.21 there: shown; taught − pair is −1.1 and −0.79: an interval of ±2, not shown
     assert lines == {"taught − alone": True, "teacher − alone": True}
     assert counts(found) == {"shown": 2, "same": 2, "other": 0, "not made": 0}
+
+
+def test_an_interaction_is_not_taken_for_the_difference_that_it_begins_with(tmp_path):
+    """(taught − alone) − (pair − alone) is −0.99 there and +0.5 here, taught − alone −1 in both."""
+    plain = CONTRASTS[0]
+    study = replace(COMPARED, contrasts=[plain, replace(plain, label="more", than=CONTRASTS[1])])
+    there = finished(tmp_path / "there" / "toy", {**THERE, "pair": (5.0, 5.1)}, study=study)
+    again = finished(tmp_path / "here" / "toy", {"alone": (5.0,), "taught": (4.0,), "pair": (3.5,)}, study=study)
+    lines = {line["label"]: line["same_sign"] for line in compare(again, there.out)["regimes"]["one pass"]}
+    assert lines == {"taught − alone": True, "more": False}
 
 
 def test_a_sign_that_turned_is_counted_and_stands_out(there, tmp_path):

@@ -349,6 +349,29 @@ def test_an_interval_around_zero_shows_nothing_and_a_single_run_is_called_one():
     assert (single["interval"], single["verdict"]) == (None, "a single run")
 
 
+def test_an_interaction_is_a_difference_of_differences_seed_by_seed():
+    """taught − alone is −0.5 and −0.7, pair − teacher −0.2 and −0.1: −0.3 and −0.6; halfway all are 1 higher. A seed
+    that one of the four lacks counts in none, and what both sides have in common cancels."""
+    losses = {"taught": (4.0, 4.1, 3.0), "alone": (4.5, 4.8, 5.0), "pair": (5.0, 5.1), "teacher": (5.2, 5.2, 5.0)}
+    cells = [made_up(arm, seed, loss, blimp=loss / 10) for arm, of in losses.items() for seed, loss in enumerate(of)]
+    of = {name: f"{name}/large" for name in losses}
+    plain = Contrast("plain", of["pair"], of["teacher"])
+    wanted = [
+        Contrast("more", of["taught"], of["alone"], than=plain),
+        Contrast("common", of["taught"], of["alone"], than=Contrast("", of["pair"], of["alone"])),
+    ]
+    found = analysis(replace(STUDY, contrasts=wanted, along=True), "toy", 12, cells)["regimes"]["one pass"]
+    more, common = found["contrasts"]
+    assert more["loss"]["seeds"] == 2
+    assert more["loss"]["mean"] == pytest.approx(-0.45)
+    # Student's t for one degree of freedom, 12.706, by 0.3 / 2
+    assert more["loss"]["interval"] == pytest.approx((-0.45 - 1.9059, -0.45 + 1.9059), abs=1e-3)
+    assert more["blimp"]["mean"] == pytest.approx(-4.5)
+    assert more["than"] == {"treated": "pair/large", "control": "teacher/large"}
+    assert common["loss"]["mean"] == pytest.approx(-1.0)
+    assert [point["loss"]["mean"] for point in found["along"][0]["points"]] == pytest.approx([-0.45, -0.45])
+
+
 def test_seeds_are_paired_and_a_failed_cell_is_empty_with_its_reason():
     cells = [made_up("alone", 0, 5.0), made_up("alone", 1, 9.0), made_up("taught", 0, 4.0)]
     cells.append(made_up("taught", 1, 0.0, failed="a loss that is not finite"))
