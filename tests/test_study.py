@@ -137,6 +137,18 @@ def test_a_plan_counts_every_model_once_and_a_frozen_teachers_passes(tmp_path, m
     assert f"about {round(seconds / 60)} min, BLiMP not counted" in lines[-1]
 
 
+def test_a_plan_says_what_studies_beside_hold(tmp_path, monkeypatch):
+    """Two of the toy study's arms lie beside, and one that failed, which is tried again."""
+    monkeypatch.setattr("codistill.study.plan.plan", lambda *_: Plan(0, {}, {"one": {"own": 1}}, {}, 1.0))
+    new = request(tmp_path / "new")
+    assert not any("beside" in line for line in plan_lines(new, None, jobs=1, devices=["cpu"]))
+    keys, cells = keys_of(new.arms), Cells(tmp_path / "other")
+    for arm, failed in zip(new.arms, ("", "", "a loss that is not finite"), strict=False):
+        cells.put(keys[arm.place], made_up(arm.name, 0, 5.0, failed=failed))
+    (line,) = [line for line in plan_lines(new, None, jobs=1, devices=["cpu"]) if "beside" in line]
+    assert line.startswith("studies beside --out hold 2 of the others")
+
+
 def test_another_studys_cell_of_the_same_content_is_used(finished, data):
     beside = request(finished.parent / "beside", replace(STUDY, name="another"))
     found = run_study(beside, data=data)

@@ -5,7 +5,7 @@ OUT/models/KEY/ROLE   the models that other arms learn from or start from
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class Cells:
             )
             if self.get(key) is None and alike is not None:
                 self.put(key, alike)
+
+    def beside(self, keys: Iterable[str]) -> list[str]:
+        """Those of `keys` whose finished cells lie in the studies beside this one, of whatever text."""
+        places = self._beside()
+        found = {key: [_read(place / "cells" / f"{key}.json") for place in places] for key in keys}
+        return [key for key, cells in found.items() if any(c is not None and not c["failed"] for c in cells)]
 
     def model(self, key: str, role: str) -> Path | None:
         """The folder of a finished arm's model, here or beside; None where it was not kept."""

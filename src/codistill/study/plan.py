@@ -8,7 +8,7 @@ import torch
 
 from codistill.config import MemberConfig
 from codistill.plan import duration, plan
-from codistill.study.arms import Arm, grouped, member_names, trained_names
+from codistill.study.arms import Arm, grouped, keys_of, member_names, trained_names
 from codistill.study.cells import Cells
 from codistill.study.run import Request, missing_cells, places, scoring
 from codistill.study.scoring import BLIMP, GLUE
@@ -19,12 +19,18 @@ _TO_START = 15.0  # seconds that a process needs before its first step
 
 def plan_lines(request: Request, data: Path | None, jobs: int | None, devices: Sequence[str]) -> list[str]:
     """A few lines for people: arms, those that are known, cohorts that are left, their FLOPs, and about how long."""
-    arms = request.arms
-    left = missing_cells(arms, Cells(request.out), scoring(request, data).tasks)
+    arms, cells = request.arms, Cells(request.out)
+    left = missing_cells(arms, cells, scoring(request, data).tasks)
     lines = [
         f"study {request.study.name} at {request.scale.name}, {request.seeds} seeds: {request.study.question}",
         f"{len(arms)} arms, {len(arms) - len(left)} known",
     ]
+    keys = keys_of(arms)
+    if beside := cells.beside(keys[arm.place] for arm in left):
+        lines.append(
+            f"studies beside --out hold {len(beside)} of the others: those of the same text are taken over (and are in "
+            "the estimate, since the text is not read yet)"
+        )
     return [*lines, _left(request, left, jobs, devices)] if left else lines
 
 
