@@ -8,7 +8,7 @@ from codistill.study.design import Contrast, Setting, Study, edge, frozen, setti
 from codistill.study.grids.ctcd import both_ways
 from codistill.study.scales import Scale
 
-_FACTORS = (1, 2, 4)  # of the scale's width
+_FACTORS = (1, 2, 3)  # of the scale's width
 _WIDEST = _FACTORS[-1]
 
 
