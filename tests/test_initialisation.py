@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from codistill.build import build
 from codistill.errors import UserError
 from codistill.loading import load, override, read_run, to_dict
+from codistill.machine import device_name
 from codistill.train import train
 from cohorts import assert_same_bits, predictor
 from runs import small_run
@@ -51,7 +52,9 @@ def test_a_member_grows_from_another_runs_member(text, teacher, tmp_path):
         torch.testing.assert_close(grown[name.format(layer)], source[name.format(origin)], rtol=0, atol=0)
     out = train(run, tmp_path / "run")
     assert load(read_run(out / "run.yaml")) == replace(run, provenance=load(read_run(out / "run.yaml")).provenance)
-    assert "large" in load(read_run(out / "run.yaml")).provenance["members"]
+    facts = load(read_run(out / "run.yaml")).provenance
+    assert "large" in facts["members"]
+    assert facts["machine"]["device"] == device_name(CPU)
 
 
 def test_a_model_without_a_tokenizer_takes_no_new_one(text, teacher, tmp_path, capsys):

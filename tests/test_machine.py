@@ -1,8 +1,10 @@
 """Compiled layers and kept memory change the speed, and of the numbers no more than roundings."""
 
+import platform
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,14 @@ from codistill.build import build
 from codistill.cohort import Cohort, Distillation
 from codistill.kernels import compiled_rows
 from codistill.loading import load, override, read_run, to_dict
-from codistill.machine import compile_layers, compiler_failure, is_out_of_memory, why_not_compile, why_not_triton
+from codistill.machine import (
+    compile_layers,
+    compiler_failure,
+    device_name,
+    is_out_of_memory,
+    why_not_compile,
+    why_not_triton,
+)
 from codistill.recipes import find
 from codistill.train import Stopped, train
 from cohorts import batch, member
@@ -167,3 +176,15 @@ print(faults)
     faults = {how: int(subprocess.check_output([*command, how])) for how in ("keep", "leave")}
     assert faults["leave"] > 1000
     assert faults["keep"] < faults["leave"] / 4
+
+
+INTEL = "processor : 0\nmodel name : A CPU\ncpu family : 6\nmodel : 167\nflags : fpu avx2 amx_bf16\n\nprocessor : 1\n"
+ARM = "processor : 0\nBogoMIPS : 2100.00\nFeatures : fp asimd\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "name"), [(INTEL, "A CPU (family 6 model 167; avx2, amx_bf16)"), (ARM, platform.machine())]
+)
+def test_a_processor_is_named_with_what_its_products_depend_on(cpuinfo, name, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: cpuinfo if str(path) == "/proc/cpuinfo" else 1 / 0)
+    assert device_name(torch.device("cpu")) == name

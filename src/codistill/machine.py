@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import sys
 import sysconfig
 from collections.abc import Iterable
@@ -28,6 +29,23 @@ def best_precision(device: torch.device) -> Literal["float32", "bfloat16"]:
     # PyTorch 2.11 has no `get_capabilities`: there a CPU counts as one without.
     has: dict = getattr(torch.cpu, "get_capabilities", dict)()
     return "bfloat16" if has.get("avx512_bf16") or has.get("amx_bf16") else "float32"
+
+
+def device_name(device: torch.device) -> str:
+    """Which GPU it is, or which processor, with those of its abilities that matrix products depend on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in about:  # as on ARM
+        return platform.machine()
+    flags = about.get("flags", "").split()
+    abilities = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    family = f"family {about.get('cpu family')} model {about.get('model')}"
+    return f"{about['model name']} ({'; '.join(filter(None, (family, ', '.join(abilities))))})"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

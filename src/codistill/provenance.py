@@ -15,7 +15,7 @@ from codistill.config import Run
 from codistill.data.corpus import Corpus
 from codistill.data.tokenizers import special_tokens_of, tokenizer_hash
 from codistill.files import sha256
-from codistill.machine import versions
+from codistill.machine import device_name, versions
 from codistill.own_code import file_of, is_own
 
 _NOT_OF_THE_MODEL = ("transformers_version", "dtype", "torch_dtype")
@@ -30,7 +30,7 @@ def provenance(
             **versions(("codistill", "torch", "transformers", "tokenizers")),
         },
         "machine": {
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "device": device_name(device),
             "threads": torch.get_num_threads(),
             "system": sys.platform,
         },

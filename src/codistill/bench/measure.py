@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from codistill.errors import UserError, did_you_mean
 from codistill.files import to_json
-from codistill.machine import versions
+from codistill.machine import device_name, versions
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -117,7 +117,7 @@ def place_of(device: str) -> torch.device:
 def machine(device: str, packages: tuple[str, ...] = ()) -> dict:
     """What the numbers were measured on: processor or GPU, threads, versions of `packages` that are installed."""
     found = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": device_name(torch.device(device)),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "system": platform.system(),
@@ -157,20 +157,6 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status: no {field}")
-
-
-def _processor() -> str:
-    """The model, and those of its abilities that matrix products depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    pairs = [line.split(":", 1) for line in lines if ":" in line]
-    about = {key.strip(): value.strip() for key, value in reversed(pairs)}
-    flags = about.get("flags", "").split()
-    abilities = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    family = f"family {about.get('cpu family')} model {about.get('model')}"
-    return f"{about.get('model name', platform.processor())} ({family}; {', '.join(abilities)})"
 
 
 def _installed(package: str) -> bool:
