@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+from codistill.evaluate.compare import SEEDS_FOR_A_HEADLINE
 from codistill.recipes.sizes import Size
 from codistill.study.arms import Arm
 from codistill.study.design import Contrast, Setting, Study, edge, frozen, settings, times
 from codistill.study.grids.ctcd import both_ways
 from codistill.study.scales import Scale
 
-_FACTORS = (1, 2, 3)  # of the scale's width
+_FACTORS = (1, 2)  # of the scale's width
 _WIDEST = _FACTORS[-1]
 
 
@@ -67,4 +68,5 @@ SIZE = Study(
         for contrast in (*(_contrast(label, factor) for factor in _FACTORS), _growth(label))
     ],
     curves=[f"{arm}-x{factor}/large" for factor in (1, _WIDEST) for arm in ("alone-large", "dwt", "both")],
+    seeds=SEEDS_FOR_A_HEADLINE,
 )
